@@ -1,0 +1,357 @@
+"""Portable GEMM over packed MXFP4 operands, and the kernels around it: unrotate, dequantize, expand.
+
+    y = alpha * A @ B.T (+ bias), then zero where the clip mask is 0, then v @ H.T * g**-0.5 per block of g columns.
+
+Codes and scales stay packed in memory; a program decodes `code * 2**(byte - 127)` to bf16 in registers (exact) and
+multiplies with float32 accumulation, so the only rounding before the epilogue is that of the float32 sum. Runs on every
+GPU that Triton compiles for, and on CPU tensors under Triton's interpreter.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter multiplies bf16 as integers: use float32
+
+
+
+@triton.jit
+def decode_codes(codes, factors):
+    """Values of 4-bit codes (integers 0..15) times `factors` (float32, same shape), exact in float32.
+
+    The index, moved to the top of a float32 mantissa and the bottom of its exponent, is the magnitude times 2^-126, also
+    for 0.5, which lands on a subnormal.
+    """
+    wide = codes.to(tl.uint32)
+    bits = ((wide & 7) << 22) | ((wide & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factors  # 2^126
+
+
+@triton.jit
+def decode_scales(scales):
+    """2^(byte - 127) of E8M0 bytes as float32; byte 0 is a subnormal, byte 255 is NaN."""
+    byte = scales.to(tl.uint32)
+    bits = tl.where(byte == 0, 0x00400000, byte << 23)
+    bits = tl.where(byte == 255, 0x7FC00000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def spread_groups(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Repeat each column of x [ROWS, GROUPS] WIDTH times: [ROWS, GROUPS * WIDTH]."""
+    return tl.broadcast_to(tl.expand_dims(x, 2), (ROWS, GROUPS, WIDTH)).reshape(ROWS, GROUPS * WIDTH)
+
+
+@triton.jit
+def decode_tile(
+    codes_ptr, scales_ptr, rows, rows_in, k_start, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Even and odd elements of a [ROWS, BLOCK_K] tile as two [ROWS, BLOCK_K / 2] tiles; zero outside rows_in and K."""
+    pairs = k_start // 2 + tl.arange(0, BLOCK_K // 2)
+    groups = k_start // 32 + tl.arange(0, BLOCK_K // 32)
+    codes_in = rows_in[:, None] & (pairs < K // 2)[None, :]
+    scales_in = rows_in[:, None] & (groups < K // 32)[None, :]
+    codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + pairs[None, :], mask=codes_in, other=0)
+    scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + groups[None, :], mask=scales_in, other=0)
+    factors = spread_groups(decode_scales(scales), ROWS, BLOCK_K // 32, 16)
+    return decode_codes(codes & 15, factors).to(DTYPE), decode_codes(codes >> 4, factors).to(DTYPE)
+
+
+@triton.jit
+def top_bits(x):
+    """The part of float32 x that bf16 holds, by truncation: x - top_bits(x) is exact."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rotate_back(v, rotation_ptr, rotation_scale, G: tl.constexpr, PIECES: tl.constexpr):
+    """v @ H.T * g^-1/2 per block of G columns of float32 v [ROWS, COLS], as a product of bf16 pieces of v with +-1.
+
+    Three pieces of 8 bits are all 24 bits of a float32; two leave an error of 2^-16, for 16-bit outputs. Blocks become
+    rows, not a block-diagonal matrix: 0 * NaN would spoil the neighbours.
+    """
+    ROWS: tl.constexpr = v.shape[0]
+    BLOCKS: tl.constexpr = v.shape[1] // G
+    index = tl.arange(0, G)
+    h_t = tl.load(rotation_ptr + index[None, :] * G + index[:, None])  # [i, j] = H[j, i]
+    v = v.reshape(ROWS, BLOCKS, G).permute(1, 0, 2).reshape(BLOCKS * ROWS, G)
+    if INTERPRET:
+        out = tl.dot(v, h_t.to(tl.float32), input_precision="ieee")
+    else:
+        h_t = h_t.to(tl.bfloat16)
+        high = top_bits(v)
+        rest = v - high
+        out = tl.dot(high.to(tl.bfloat16), h_t)
+        if PIECES == 3:
+            middle = top_bits(rest)
+            out = tl.dot(middle.to(tl.bfloat16), h_t, out)
+            rest = rest - middle
+        out = tl.dot(rest.to(tl.bfloat16), h_t, out)
+    out = out * rotation_scale
+    return out.reshape(BLOCKS, ROWS, G).permute(1, 0, 2).reshape(ROWS, BLOCKS * G)
+
+
+@triton.jit
+def apply_mask(v, words):
+    """Zero v [ROWS, COLS] where bit i of int32 words [ROWS, COLS / 32] is 0; a select, so that NaN does not leak."""
+    ROWS: tl.constexpr = v.shape[0]
+    GROUPS: tl.constexpr = v.shape[1] // 32
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.where(bits != 0, v.reshape(ROWS, GROUPS, 32), 0.0).reshape(ROWS, GROUPS * 32)
+
+
+@triton.jit
+def finish(
+    v, rows, rows_in, cols_start, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The common epilogue: bias, clip mask, inverse rotation of float32 v [ROWS, COLS] at rows x (cols_start + ...).
+
+    `rows` is int64. G = 0 means no rotation. Columns beyond N hold whatever; N is a multiple of G, so no block mixes them in.
+    """
+    COLS: tl.constexpr = v.shape[1]
+    if BIAS:
+        cols = cols_start + tl.arange(0, COLS)
+        v = v + tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if MASK:
+        groups = cols_start // 32 + tl.arange(0, COLS // 32)
+        inside = rows_in[:, None] & (groups < N // 32)[None, :]
+        v = apply_mask(v, tl.load(mask_ptr + rows[:, None] * (N // 32) + groups[None, :], mask=inside, other=0))
+    if G:
+        v = rotate_back(v, rotation_ptr, rotation_scale, G, PIECES)
+    return v
+
+
+@triton.jit
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile (row, column) of a program: GROUP_M rows of tiles are walked column by column, so operands stay in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (program // per_group) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = program % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit(do_not_specialize=["M"])
+def packed_matmul_kernel(
+    a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, c_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A u8 [M, K/2], B u8 [N, K/2], scales u8 [M, K/32], [N, K/32]; C [M, N]; one tile a program.
+
+    The sum over K runs over even and odd elements separately, which saves the interleaving of the two nibbles.
+    """
+    DTYPE: tl.constexpr = tl.float32 if INTERPRET else tl.bfloat16
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_in = rows < M
+    cols_in = cols < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Triton 3.6 waits after every wgmma of a loop that it cannot prove to run; the assumption must be on this expression.
+    tl.assume(tl.cdiv(K, BLOCK_K) > 0)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        a_even, a_odd = decode_tile(a_ptr, a_scales_ptr, rows, rows_in, k * BLOCK_K, K, BLOCK_M, BLOCK_K, DTYPE)
+        b_even, b_odd = decode_tile(b_ptr, b_scales_ptr, cols, cols_in, k * BLOCK_K, K, BLOCK_N, BLOCK_K, DTYPE)
+        acc = tl.dot(a_even, b_even.T, acc, input_precision="ieee")
+        acc = tl.dot(a_odd, b_odd.T, acc, input_precision="ieee")
+    v = finish(
+        acc * alpha, rows, rows_in, tile_n * BLOCK_N, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
+        BIAS, MASK, G, PIECES,
+    )  # fmt: skip
+    inside = rows_in[:, None] & cols_in[None, :]
+    tl.store(c_ptr + rows[:, None] * N + cols[None, :], v.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def unrotate_kernel(
+    acc_ptr, c_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N,
+    MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The backward epilogue on float32 acc [M, N] in memory."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    start = (tl.program_id(0) % tiles_n) * BLOCK_N
+    rows = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = start + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    offsets = rows[:, None] * N + cols[None, :]
+    v = tl.load(acc_ptr + offsets, mask=inside, other=0.0) * alpha
+    v = finish(v, rows, rows < M, start, N, mask_ptr, mask_ptr, rotation_ptr, rotation_scale, False, MASK, G, PIECES)
+    tl.store(c_ptr + offsets, v.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dequantize_kernel(codes_ptr, scales_ptr, out_ptr, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out [M, K] = code * scale."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    start = (tl.program_id(0) % tiles_k) * BLOCK_K
+    rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    even, odd = decode_tile(codes_ptr, scales_ptr, rows, rows < M, start, K, BLOCK_M, BLOCK_K, tl.float32)
+    cols = start + tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (cols < K)[None, :]
+    value = tl.interleave(even, odd).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * K + cols[None, :], value, mask=inside)
+
+
+@triton.jit
+def fp8_bytes(codes, exponents):
+    """E5M2 bytes of code * 2^exponent, ties to even; exact for exponents -15..13, which must not be exceeded upwards.
+
+    Through float16, whose top byte is E5M2: what float16 cannot hold is far below E5M2's smallest half step.
+    """
+    factors = ((tl.maximum(exponents, -64) + 127) << 23).to(tl.float32, bitcast=True)
+    half = decode_codes(codes, factors).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return ((half + 0x7F + ((half >> 8) & 1)) >> 8).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["M"])
+def expand_kernel(codes_ptr, scales_ptr, out_ptr, row_scale_ptr, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """FP8 E5M2 bytes out u8 [M, K] and float32 row_scale [M]: two passes over the packed rows, BLOCK_M rows a program."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_in = rows < M
+    pairs = tl.arange(0, BLOCK_K // 2)
+    groups = tl.arange(0, BLOCK_K // 32)
+    top = tl.zeros((BLOCK_M,), tl.int32) - 1  # largest scale byte of a group with a non-zero code
+    largest = tl.zeros((BLOCK_M,), tl.int32)  # largest scale byte: 255 marks a row with a non-finite group
+    for start in range(0, K, BLOCK_K):
+        codes_in = rows_in[:, None] & (start // 2 + pairs < K // 2)[None, :]
+        scales_in = rows_in[:, None] & (start // 32 + groups < K // 32)[None, :]
+        codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + start // 2 + pairs[None, :], mask=codes_in, other=0)
+        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + start // 32 + groups[None, :], mask=scales_in, other=0)
+        byte = scales.to(tl.int32)
+        used = tl.max((codes & 0x77).to(tl.int32).reshape(BLOCK_M, BLOCK_K // 32, 16), axis=2) != 0
+        top = tl.maximum(top, tl.max(tl.where(used & (byte != 255), byte, -1), axis=1))
+        largest = tl.maximum(largest, tl.max(byte, axis=1))
+    base = tl.maximum(top, 14)  # E = base - 127 >= -113, so that the row's scale 2^(E - 13) is a normal number
+    row_scale = ((base - 13) << 23).to(tl.float32, bitcast=True)
+    row_scale = tl.where(top < 0, 1.0, row_scale)
+    row_scale = tl.where(largest == 255, float("nan"), row_scale)
+    tl.store(row_scale_ptr + rows, row_scale, mask=rows_in)
+    for start in range(0, K, BLOCK_K):
+        codes_in = rows_in[:, None] & (start // 2 + pairs < K // 2)[None, :]
+        scales_in = rows_in[:, None] & (start // 32 + groups < K // 32)[None, :]
+        codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + start // 2 + pairs[None, :], mask=codes_in, other=0)
+        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + start // 32 + groups[None, :], mask=scales_in, other=0)
+        byte = scales.to(tl.int32)
+        exponents = spread_groups(tl.where(byte == 255, -64, byte - base[:, None] + 13), BLOCK_M, BLOCK_K // 32, 16)
+        value = tl.interleave(fp8_bytes(codes & 15, exponents), fp8_bytes(codes >> 4, exponents))
+        cols = start + tl.arange(0, BLOCK_K)
+        inside = rows_in[:, None] & (cols < K)[None, :]
+        tl.store(out_ptr + rows[:, None] * K + cols[None, :], value, mask=inside)
+
+
+def epilogue_arguments(
+    bias: torch.Tensor | None, mask: torch.Tensor | None, rotation: torch.Tensor | None, placeholder: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[dict[str, object], dict[str, object]]:  # fmt: skip
+    """Run-time and constexpr arguments of `finish`; a pointer that is not read gets the placeholder."""
+    group = 0 if rotation is None else rotation.shape[0]
+    runtime = {
+        "bias_ptr": placeholder if bias is None else bias.contiguous(),
+        "mask_ptr": placeholder if mask is None else mask.contiguous(),
+        "rotation_ptr": placeholder if rotation is None else rotation.contiguous(),
+        "rotation_scale": float(group) ** -0.5 if group else 1.0,
+    }
+    constant = {
+        "BIAS": bias is not None,
+        "MASK": mask is not None,
+        "G": group,
+        "PIECES": 3 if out_dtype == torch.float32 else 2,
+    }
+    return runtime, constant
+
+
+def empty_product(
+    M: int, N: int, bias: torch.Tensor | None, mask: torch.Tensor | None, rotation: torch.Tensor | None,
+    out_dtype: torch.dtype, device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """The product over no elements (K = 0): zeros, or the bias put through the epilogue."""
+    if bias is None:
+        return torch.zeros((M, N), dtype=out_dtype, device=device)
+    acc = bias.to(torch.float32).expand(M, N).contiguous()
+    return unrotate(acc, alpha=1.0, mask=mask, rotation=rotation, out_dtype=out_dtype)
+
+
+def matmul(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, alpha: float,
+    bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """alpha * A @ B.T (+ bias) of packed MXFP4 operands, with the backward's epilogue.
+
+    Args:
+        a, b: codes, uint8 [M, K/2] and [N, K/2], low nibble = even element.
+        a_scales, b_scales: E8M0 bytes, uint8 [M, K/32] and [N, K/32]; byte 255 makes its whole row (column) NaN.
+        alpha: product of the operands' factors.
+        bias: [N], any floating dtype, or None.
+        mask: int32 [M, N/32] or None; where bit i of a word is 0, element i of the group becomes 0 (NaN too).
+        rotation: H, [g, g] of +-1, or None; v becomes v @ H.T * g**-0.5 per block of g columns, after the mask.
+        out_dtype: float32, bfloat16 or float16; rounded once, from float32.
+
+    Returns:
+        [M, N] of out_dtype.
+    """
+    M, N, K = a.shape[0], b.shape[0], a.shape[1] * 2
+    if M == 0 or N == 0 or K == 0:
+        return empty_product(M, N, bias, mask, rotation, out_dtype, a.device)
+    out = torch.empty((M, N), dtype=out_dtype, device=a.device)
+    runtime, constant = epilogue_arguments(bias, mask, rotation, out, out_dtype)
+    grid = (triton.cdiv(M, 128) * triton.cdiv(N, 128),)
+    packed_matmul_kernel[grid](
+        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out, alpha=float(alpha),
+        M=M, N=N, K=K, **runtime, **constant,
+        BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def unrotate(
+    acc: torch.Tensor, *, alpha: float, mask: torch.Tensor | None, rotation: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The epilogue of `matmul` on a float32 accumulator [M, N] that another GEMM made; returns [M, N] of out_dtype."""
+    M, N = acc.shape
+    out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
+    if out.numel() == 0:
+        return out
+    runtime, constant = epilogue_arguments(None, mask, rotation, out, out_dtype)
+    del runtime["bias_ptr"], constant["BIAS"]
+    grid = (triton.cdiv(M, 64) * triton.cdiv(N, 128),)
+    unrotate_kernel[grid](
+        acc.contiguous(), out, alpha=float(alpha), M=M, N=N, **runtime, **constant,
+        BLOCK_M=64, BLOCK_N=128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """code * scale of packed [M, K/2], [M, K/32] as dtype [M, K]: exact in bf16 and float32; NaN for byte 255."""
+    M, K = codes.shape[0], codes.shape[1] * 2
+    out = torch.empty((M, K), dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    grid = (triton.cdiv(M, 32) * triton.cdiv(K, 256),)
+    dequantize_kernel[grid](
+        codes.contiguous(), scales.contiguous(), out, M=M, K=K, BLOCK_M=32, BLOCK_K=256, num_warps=4
+    )
+    return out
+
+
+def expand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 operand of packed [M, K/2], [M, K/32]: float8_e5m2 [M, K] and float32 [M], value = FP8 * row scale.
+
+    The row's exponent E is the largest of its groups with a non-zero code, at least -113; the scale is 2^(E - 13). Groups
+    more than 28 binades below E round to nearest even. A row without a non-zero code has scale 1, a row with a byte 255
+    has scale NaN; the FP8 bytes are always finite.
+    """
+    M, K = codes.shape[0], codes.shape[1] * 2
+    out = torch.empty((M, K), dtype=torch.float8_e5m2, device=codes.device)
+    row_scale = torch.ones(M, dtype=torch.float32, device=codes.device)
+    if out.numel() == 0:
+        return out, row_scale
+    expand_kernel[(triton.cdiv(M, 8),)](
+        codes.contiguous(), scales.contiguous(), out.view(torch.uint8), row_scale, M=M, K=K,
+        BLOCK_M=8, BLOCK_K=512, num_warps=4,
+    )  # fmt: skip
+    return out, row_scale
