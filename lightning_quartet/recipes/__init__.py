@@ -1,0 +1,18 @@
+"""LightningModules, DataModules and callbacks that the YAML files in ``examples/`` name. Needs the extra ``examples``."""
+
+try:
+    import matplotlib  # noqa: F401
+    import tokenizers  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"lightning_quartet.recipes needs {error.name!r}, which comes with the extra `examples`: "
+        "pip install 'lightning-quartet[examples]'.",
+        name=error.name,
+    ) from error
+
+from lightning_quartet.recipes.callbacks import LossCurve, TextSample
+from lightning_quartet.recipes.causal_lm import CausalLM
+from lightning_quartet.recipes.text import TextDataModule
+
+__all__ = ["CausalLM", "LossCurve", "TextDataModule", "TextSample"]

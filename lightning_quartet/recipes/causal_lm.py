@@ -1,0 +1,151 @@
+"""A decoder language model from transformers, trained on packed sequences."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_STEPS_TO_AVERAGE = 20
+
+
+class CausalLM(LightningModule):
+    """Trains a causal language model of transformers with AdamW, linear warm-up and cosine decay.
+
+    A batch is an int64 tensor ``[batch, sequence_length + 1]`` of token ids, as ``TextDataModule`` makes it; the model
+    reads all but the last column and predicts all but the first. Logged: ``train_loss``, ``val_loss`` (mean negative
+    log-likelihood per token, in nats), ``tokens_per_second`` (of training, this process) and ``learning_rate``.
+
+    Args:
+        config: Fields of the transformers configuration of a new, randomly initialised model; ``model_type`` (default
+            ``llama``) chooses the architecture. Feature sizes that are multiples of 32 can be quantised.
+        pretrained: A local Hugging Face folder to start from instead of ``config``. It is loaded in float32, so that
+            the weights that the optimizer updates are.
+        learning_rate: The peak, reached after ``warmup_steps``.
+        final_learning_rate: The value at the last step, as a fraction of ``learning_rate``.
+        weight_decay: Of matrices; vectors (norms, biases) are not decayed.
+        betas: Of AdamW.
+        warmup_steps: Optimizer steps of linear warm-up.
+
+    Raises:
+        ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown.
+        FileNotFoundError: When ``pretrained`` is not a folder with a ``config.json``.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        learning_rate: float = 1e-3,
+        final_learning_rate: float = 0.1,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (pretrained is None):
+            raise ValueError("CausalLM needs either `config` (a new model) or `pretrained` (a local folder), not both.")
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.final_learning_rate = final_learning_rate
+        self.weight_decay = weight_decay
+        self.betas = tuple(betas)
+        self.warmup_steps = warmup_steps
+        self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[batch, length, vocabulary]`` of int64 token ids ``[batch, length]``."""
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+    def setup(self, stage: str) -> None:
+        vocabulary = self.model.config.vocab_size
+        size = getattr(getattr(self.trainer, "datamodule", None), "vocabulary_in_use", None)
+        if size is not None and size > vocabulary:
+            raise ValueError(
+                f"The tokenizer has {size} tokens but the model's vocab_size is {vocabulary}: "
+                "set the data's vocabulary_size and the model's config.vocab_size to the same number."
+            )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=batch.shape[0], sync_dist=True)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test_loss", self._loss(batch), batch_size=batch.shape[0], sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Negative log-likelihood of each predicted token, float32 ``[batch, sequence_length]``."""
+        return self._loss(batch, reduction="none").view(batch.shape[0], -1)
+
+    def on_train_start(self) -> None:
+        self._recent.clear()
+
+    def on_validation_end(self) -> None:
+        self._recent.clear()  # the time that validation took is not training time
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        self._recent.append((time.perf_counter(), tokens))
+        if len(self._recent) > 1:
+            seconds = self._recent[-1][0] - self._recent[0][0]
+            done = sum(count for _, count in self._recent) - self._recent[0][1]
+            self.log("tokens_per_second", done / seconds, prog_bar=True)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate(self, step: int, steps: float) -> float:
+        """The learning rate of optimizer step ``step`` of ``steps``, as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        done = min(1.0, (step - self.warmup_steps) / max(1.0, steps - self.warmup_steps))
+        return self.final_learning_rate + (1 - self.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _loss(self, batch: Tensor, reduction: str = "mean") -> Tensor:
+        logits = self(batch[:, :-1])
+        return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction=reduction)
+
+
+def _new_model(fields: dict[str, Any]) -> PreTrainedModel:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", "llama")
+    known = AutoConfig.for_model(model_type).to_dict()
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(
+            f"The configuration of a {model_type!r} model has no field {', '.join(unknown)}; its fields are: "
+            f"{', '.join(sorted(known))}."
+        )
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+
+
+def _load_model(folder: str) -> PreTrainedModel:
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained={folder!r} is not a Hugging Face model folder (no config.json in it): "
+            "give the path of a local folder; nothing is downloaded."
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
