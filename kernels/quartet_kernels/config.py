@@ -1,0 +1,124 @@
+"""What is computed: one frozen, validated configuration and its named recipes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+ForwardMethod = Literal["quest", "abs_max"]
+Statistic = Literal["rms", "std"]
+ScaleRule = Literal["mse", "nearest", "floor"]
+TransformInit = Literal["hadamard", "gsr", "identity"]
+BackwardDtype = Literal["mxfp4", "bf16"]
+Rounding = Literal["nearest", "stochastic"]
+Accumulation = Literal["auto", "fast", "precise"]
+BackendName = Literal["auto", "reference", "triton", "fp8", "bf16", "native"]
+
+HADAMARD_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuartetConfig:
+    """Numerics of a Quartet linear layer (arXiv 2505.14669); the defaults are recipe ``quartet``.
+
+    Args:
+        forward_method: Projection of rotated activations and weights to MXFP4. ``"quest"`` scales a group by its
+            ``statistic`` and clips; ``"abs_max"`` scales it by its largest magnitude and never clips.
+        statistic: What ``"quest"`` measures of a group: ``"rms"``, or the centred ``"std"`` of the released code.
+        scale_rule: How ``"quest"`` rounds its scale to a power of two: ``"mse"`` takes the neighbour with the smaller
+            squared error, ``"nearest"`` the nearest in logarithm, ``"floor"`` the one below (released code).
+        hadamard_group_size: Width of the forward rotation's blocks: 32, 64 or 128. Scale groups stay 32 wide.
+        transform_init: The forward rotation: ``"hadamard"``, ``"gsr"`` (its columns sorted by sign changes), or
+            ``"identity"`` (none; what runtimes without rotations can load).
+        backward_dtype: ``"mxfp4"`` runs both gradient GEMMs in 4 bits; ``"bf16"`` is straight-through with mask.
+        backward_rounding: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
+        randomize_backward: Draw random signs for the backward rotations at every step.
+        store_master_weights: ``False`` keeps only the weight's codes and scales: no weight gradient.
+        accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
+            float32 every 128 products; ``"auto"`` chooses per GEMM.
+        backend: ``"auto"`` or the name of a backend, see :func:`quartet_kernels.available_backends`.
+        seed: Key of all randomness, 0 <= seed < 2**32.
+
+    Raises:
+        ValueError: If an option has an unknown value.
+    """
+
+    forward_method: ForwardMethod = "quest"
+    statistic: Statistic = "rms"
+    scale_rule: ScaleRule = "mse"
+    hadamard_group_size: int = 32
+    transform_init: TransformInit = "hadamard"
+    backward_dtype: BackwardDtype = "mxfp4"
+    backward_rounding: Rounding = "nearest"
+    randomize_backward: bool = True
+    store_master_weights: bool = True
+    accumulation: Accumulation = "auto"
+    backend: BackendName = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+                allowed = ", ".join(repr(choice) for choice in choices)
+                raise ValueError(f"QuartetConfig.{name} is {value!r}; choose one of {allowed}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"QuartetConfig.seed is {self.seed!r}; choose an integer from 0 to 2**32 - 1.")
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Self:
+        """The configuration of a named recipe, see :data:`RECIPES`; ``changes`` replace single options.
+
+        Raises:
+            ValueError: If there is no such recipe or option.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(map(repr, RECIPES))}.")
+        return cls.from_dict({**RECIPES[name], **changes})
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; options that are left out take their defaults.
+
+        Raises:
+            ValueError: If an option is unknown or has an unknown value.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"QuartetConfig has no option {name!r}; its options are {', '.join(names)}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain strings, integers and booleans."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"QuartetConfig({', '.join(changed)})"
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "forward_method": get_args(ForwardMethod),
+    "statistic": get_args(Statistic),
+    "scale_rule": get_args(ScaleRule),
+    "hadamard_group_size": HADAMARD_GROUP_SIZES,
+    "transform_init": get_args(TransformInit),
+    "backward_dtype": get_args(BackwardDtype),
+    "backward_rounding": get_args(Rounding),
+    "randomize_backward": (True, False),
+    "store_master_weights": (True, False),
+    "accumulation": get_args(Accumulation),
+    "backend": get_args(BackendName),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "quartet": {},
+    "quartet_stochastic": {"backward_rounding": "stochastic"},
+    "bf16_backward": {"backward_dtype": "bf16"},
+    "fp_quant": {"statistic": "std", "scale_rule": "floor"},
+}
+"""Named recipes: what each changes from the defaults. ``fp_quant`` reproduces fp-quant 0.3.2 (std, floor, nearest)."""

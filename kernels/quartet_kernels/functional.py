@@ -1,0 +1,142 @@
+"""Quantisation and products of packed tensors, for use without a layer."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import load_backend, select_backend
+from .config import QuartetConfig
+from .linear import BACKWARD_FACTOR, _checked_signs, _seed_tensor, forward_factor
+from .mxfp4 import GROUP_SIZE, MXFP4Tensor
+from .philox import GRAD
+from .rotation import rotation_matrix
+
+
+def _packed_name(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend whose operands are packed that serves a device: ``reference``, ``triton`` or ``native``."""
+    chosen = select_backend(backend, device, dtype)
+    return chosen.name if chosen.packed or chosen.name == "reference" else "triton"
+
+
+def quantize_mxfp4(
+    x: Tensor,
+    *,
+    config: QuartetConfig | None = None,
+    signs: Tensor | None = None,
+    mode: Literal["forward", "backward"] = "forward",
+    rounding: str | None = None,
+    seed: Tensor | int | None = None,
+    return_mask: bool = False,
+    backend: str = "auto",
+) -> MXFP4Tensor | tuple[MXFP4Tensor, Tensor]:
+    """Rotate x along its last axis and quantise it to MXFP4.
+
+    Args:
+        x: float [..., K]; K a multiple of 32 and, in the forward mode, of the rotation's group.
+        config: Numerics; the default recipe if None.
+        signs: float32 [32] of +-1, the D of ``x D H``; backward mode only. None means +1: none are drawn here.
+        mode: ``"forward"`` projects as config says; ``"backward"`` rotates in blocks of 32 and scales by the absolute
+            maximum, so nothing clips.
+        rounding: ``"nearest"`` or ``"stochastic"``, backward mode only; None takes config's.
+        seed: Of stochastic rounding, as in :func:`quartet_linear`; the role is that of the gradient.
+        return_mask: Return the clip mask too, int32 [..., K/32].
+        backend: A backend's name.
+
+    Returns:
+        The tensor in the rotated basis, or (tensor, mask).
+
+    Raises:
+        TypeError: If x's dtype is not a supported one.
+        ValueError: If an option is unknown or does not apply to the mode, or a shape does not fit.
+        RuntimeError: If the backend cannot run on x's device.
+    """
+    config = config or QuartetConfig()
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x is {x.dtype}; use float32, bfloat16, float16 or float64.")
+    if mode not in ("forward", "backward"):
+        raise ValueError(f"mode is {mode!r}; choose 'forward' or 'backward'.")
+    if rounding not in (None, "nearest", "stochastic"):
+        raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
+    if mode == "forward" and (signs is not None or rounding == "stochastic"):
+        raise ValueError("signs and stochastic rounding belong to mode='backward'; the forward has neither.")
+    group = GROUP_SIZE
+    if mode == "forward" and config.transform_init != "identity":
+        group = config.hadamard_group_size
+    if x.dim() == 0 or x.shape[-1] % group or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be a multiple of {group}.")
+
+    name = _packed_name(backend, x.device, x.dtype)
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    mask = None
+    if mode == "forward":
+        codes, scales, mask, _, _ = load_backend(name).quantize_forward(rows, config=config, mask=return_mask)
+        factor = forward_factor(config)
+    else:
+        rounding = rounding or config.backward_rounding
+        words = _seed_tensor(seed, config, x.device) if rounding == "stochastic" else None
+        quantize = reference.quantize_backward_packed if name == "reference" else load_backend(name).quantize_backward
+        codes, scales = quantize(
+            rows,
+            signs=None if signs is None else _checked_signs(signs, x.device),
+            sign_role=None,
+            seed=words,
+            role=GRAD,
+            rounding=rounding,
+            transpose=False,
+        )
+        factor = BACKWARD_FACTOR
+        if return_mask:
+            mask = torch.full_like(scales, -1, dtype=torch.int32)
+    leading = x.shape[:-1]
+    tensor = MXFP4Tensor(codes.view(*leading, -1), scales.view(*leading, -1), factor)
+    return (tensor, mask.view(*leading, -1)) if mask is not None else tensor
+
+
+def mxfp4_matmul(
+    a: MXFP4Tensor,
+    b: MXFP4Tensor,
+    *,
+    alpha: float = 1.0,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> Tensor:
+    """``alpha * A @ B.T + bias`` of packed tensors, factors included, accumulated in float32.
+
+    Args:
+        a: [M, K].
+        b: [N, K].
+        alpha: Multiplies the product.
+        bias: float [N].
+        out_dtype: float32, bfloat16 or float16.
+        backend: A backend's name.
+
+    Returns:
+        [M, N] in out_dtype.
+
+    Raises:
+        TypeError: If out_dtype is not one of the above.
+        ValueError: If shapes or devices do not fit.
+        RuntimeError: If the backend cannot run there.
+    """
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be [M, K] and [N, K].")
+    if a.codes.device != b.codes.device:
+        raise ValueError(f"a is on {a.codes.device} and b on {b.codes.device}; move them to one device.")
+    if out_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"out_dtype is {out_dtype}; use float32, bfloat16 or float16.")
+    if bias is not None and (tuple(bias.shape) != (b.shape[0],) or bias.device != a.codes.device):
+        raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}; it must be [{b.shape[0]}] beside a.")
+    backend_ = load_backend(_packed_name(backend, a.codes.device, torch.float32))
+    return backend_.matmul(
+        *backend_.expand(a.codes, a.scales),
+        *backend_.expand(b.codes, b.scales),
+        alpha=alpha * a.factor * b.factor,
+        bias=bias,
+        mask=None,
+        matrix=rotation_matrix("identity", GROUP_SIZE, a.codes.device),
+        out_dtype=out_dtype,
+        accumulation="precise",
+    )

@@ -1,0 +1,239 @@
+"""The Quartet linear layer as one differentiable function: forward and backward side by side."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .backends import select_backend
+from .config import QuartetConfig
+from .mxfp4 import GROUP_SIZE, MXFP4Tensor, unpack_mask
+from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T, make_seed
+
+BACKWARD_FACTOR = 4 / 3
+"""Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
+
+Packed = tuple[Tensor, Tensor]
+
+
+def forward_factor(config: QuartetConfig) -> float:
+    """What a forward tensor's ``code * scale`` is multiplied with."""
+    return 4 / 3 if config.forward_method == "abs_max" else 1.0
+
+
+def _project(x: Tensor, config: QuartetConfig, mask: bool) -> tuple[Packed, Tensor | None, Packed]:
+    """Packed codes and scales, clip mask, and the GEMM operand of x [M, K]."""
+    codes, scales, words, data, scale = ops.quantize_forward(
+        x,
+        config.forward_method,
+        config.statistic,
+        config.scale_rule,
+        config.transform_init,
+        config.hadamard_group_size,
+        mask,
+        config.backend,
+    )
+    packed = (codes, scales)
+    return packed, words if mask else None, (data, scale) if data.dim() == 2 else packed
+
+
+class _QuartetLinear(torch.autograd.Function):
+    """``y = Xq Wq^T + b`` in the rotated basis; the backward is the paper's Algorithm (App. A.1, v4).
+
+    x [T, K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and clip
+    masks, 0.656 bytes an element; never x or the weight themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        packed: Packed | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        signs: tuple[Tensor, Tensor] | None,
+        config: QuartetConfig,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        clips = config.forward_method == "quest"
+        x_packed, x_mask, a = _project(x, config, mask=need_dx and clips)
+        w_mask = None
+        if weight is not None:
+            packed, w_mask, b = _project(weight, config, mask=need_dw and clips)
+        else:
+            assert packed is not None
+            data, scale = ops.expand(*packed, _compute_dtype(x), config.backend)
+            b = (data, scale) if data.dim() == 2 else packed
+        factor = forward_factor(config)
+
+        ctx.config, ctx.x_dtype = config, x.dtype
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            *(packed if need_dx else (None, None)),
+            x_mask,
+            *(x_packed if need_dw else (None, None)),
+            w_mask,
+            seed,
+            *(signs or (None, None)),
+        )
+        return ops.matmul(
+            *a, *b, factor * factor, bias, None, "identity", GROUP_SIZE, out_dtype, config.accumulation, config.backend
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype, transpose=False)
+        if ctx.needs_input_grad[1]:
+            dw = _gradient(ctx.config, dy, x_codes, x_scales, w_mask, seed, signs_dw, ctx.weight_dtype, transpose=True)
+        if ctx.needs_input_grad[3]:
+            db = dy.sum(0, dtype=_compute_dtype(dy)).to(ctx.bias_dtype)
+        return dx, dw, None, db, None, None, None, None
+
+
+def _gradient(
+    config: QuartetConfig,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    signs: Tensor | None,
+    out_dtype: torch.dtype,
+    transpose: bool,
+) -> Tensor:
+    """dX = dY Wq from the weight's codes, or (transpose) dW = dY^T Xq from the input's; masked and rotated back."""
+    transform = (config.transform_init, config.hadamard_group_size)
+    factor = forward_factor(config)
+    if config.backward_dtype == "bf16":
+        return ops.matmul_bf16(
+            dy.contiguous(), codes, scales, transpose, factor, mask, *transform, out_dtype, config.backend
+        )
+    sign_role = None
+    if config.randomize_backward and signs is None:
+        sign_role = SIGNS_DW if transpose else SIGNS_DX
+    grad_role, other_role = (GRAD_T, INPUT_T) if transpose else (GRAD, WEIGHT_T)
+    draw, dtype, backend = (signs, sign_role, seed), _compute_dtype(dy), config.backend
+    a = ops.quantize_backward(dy.contiguous(), *draw, grad_role, config.backward_rounding, transpose, backend)
+    b = ops.requantize(codes, scales, *draw, other_role, config.backward_rounding, dtype, backend)
+    factor *= BACKWARD_FACTOR**2
+    return ops.matmul(*a, *b, factor, None, mask, *transform, out_dtype, config.accumulation, backend)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@functools.lru_cache(maxsize=128)
+def _constant_seed(seed: int, device: torch.device) -> Tensor:
+    # Made once per device: a copy from the host would stop the stream at every call.
+    with torch.inference_mode(False):
+        return torch.tensor(make_seed(seed), dtype=torch.int64, device=device)
+
+
+def _check(x: Tensor, weight: Tensor | MXFP4Tensor, bias: Tensor | None, config: QuartetConfig) -> None:
+    if not isinstance(config, QuartetConfig):
+        raise TypeError(f"config is a {type(config).__name__}; pass a QuartetConfig.")
+    packed = isinstance(weight, MXFP4Tensor)
+    if len(weight.shape) != 2:
+        raise ValueError(f"The weight has shape {tuple(weight.shape)}; it is [out_features, in_features].")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {in_features}.")
+    group = GROUP_SIZE if config.transform_init == "identity" else config.hadamard_group_size
+    if in_features % group or in_features == 0:
+        raise ValueError(f"in_features is {in_features}; it must be a multiple of the rotation's {group}.")
+    if out_features % GROUP_SIZE or out_features == 0:
+        raise ValueError(f"out_features is {out_features}; it must be a multiple of {GROUP_SIZE}.")
+    for name, tensor in (("x", x), ("weight", weight.codes if packed else weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
+        if not (packed and name == "weight") and tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64.")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{out_features}].")
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def quartet_linear(
+    x: Tensor,
+    weight: Tensor | MXFP4Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: QuartetConfig,
+    seed: Tensor | int | None = None,
+    signs: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A linear layer whose three matrix products run in MXFP4 (arXiv 2505.14669, App. A.1); differentiable once.
+
+    Args:
+        x: float [..., in_features]: float32, bfloat16, float16 or float64; any number of tokens, also none.
+        weight: float [out_features, in_features], or an :class:`MXFP4Tensor` of the rotated weight, which gets no
+            gradient. in_features is a multiple of the rotation's group, out_features of 32.
+        bias: float [out_features].
+        config: Numerics.
+        seed: int64 [3] on x's device, ``(layer << 32 | seed, step, rank << 16 | micro_batch)``; copied, so it may be
+            advanced in place before the backward. An int n means (n, 0, 0), None means (config.seed, 0, 0).
+        signs: Two float32 [32] of +-1, for dX and for dW, instead of those that the seed would draw.
+
+    Returns:
+        [..., out_features] in x's dtype, or in autocast's where that is on.
+
+    Raises:
+        TypeError: If a dtype or the config's type is not one of the above.
+        ValueError: If shapes, devices, seed or signs do not fit.
+        RuntimeError: If the chosen backend cannot run on x's device, or a seed that is not a tensor is used while a
+            CUDA graph is captured.
+    """
+    _check(x, weight, bias, config)
+    select_backend(config.backend, x.device, x.dtype)
+    out_dtype = x.dtype
+    if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+
+    master, packed = (None, (weight.codes, weight.scales)) if isinstance(weight, MXFP4Tensor) else (weight, None)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (master is not None and master.requires_grad))
+    random = config.randomize_backward and signs is None or config.backward_rounding == "stochastic"
+    if needs_grad and random and config.backward_dtype == "mxfp4":
+        seed = _seed_tensor(seed, config, x.device)
+    else:
+        seed = None
+    if signs is not None:
+        signs = (_checked_signs(signs[0], x.device), _checked_signs(signs[1], x.device))
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = _QuartetLinear.apply(rows, master, packed, bias, seed, signs, config, out_dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or tuple(seed.shape) != (3,) or seed.device != device:
+            raise ValueError(
+                f"The seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; it must be int64 [3] on {device}."
+            )
+        return seed.clone()
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("A CUDA graph replays one seed for ever; pass seed as an int64 [3] tensor and advance it.")
+    return _constant_seed(config.seed if seed is None else seed, device)
+
+
+def _checked_signs(signs: Tensor, device: torch.device) -> Tensor:
+    if signs.dtype != torch.float32 or tuple(signs.shape) != (GROUP_SIZE,) or signs.device != device:
+        raise ValueError(
+            f"signs are {signs.dtype} {tuple(signs.shape)} on {signs.device}; they must be float32 [32] on {device}."
+        )
+    return signs

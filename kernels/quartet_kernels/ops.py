@@ -1,0 +1,263 @@
+"""The only door from Python into a backend: custom operators, opaque to ``torch.compile``, with fake kernels.
+
+Each resolves its backend by name from its input's device; shapes and meanings are those of
+:mod:`quartet_kernels.reference`. A missing mask or operand is an empty tensor of one dimension, since an operator
+cannot return None.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, select_backend
+from .config import QuartetConfig
+from .mxfp4 import GROUP_SIZE
+from .rotation import rotation_matrix
+
+
+def _backend(name: str, x: Tensor) -> Backend:
+    return select_backend(name, x.device, x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _projection(
+    forward_method: str, statistic: str, scale_rule: str, transform_init: str, group_size: int
+) -> QuartetConfig:
+    return QuartetConfig.from_dict(
+        {
+            "forward_method": forward_method,
+            "statistic": statistic,
+            "scale_rule": scale_rule,
+            "transform_init": transform_init,
+            "hadamard_group_size": group_size,
+        }
+    )
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    # Autocast would turn the reference's float32 products into bfloat16 ones.
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _padded(tokens: int) -> int:
+    return (tokens + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
+
+
+def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(0, dtype=dtype)
+
+
+@torch.library.custom_op("quartet::quantize_forward", mutates_args=())
+def quantize_forward(
+    x: Tensor,
+    forward_method: str,
+    statistic: str,
+    scale_rule: str,
+    transform_init: str,
+    group_size: int,
+    mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    config = _projection(forward_method, statistic, scale_rule, transform_init, group_size)
+    with _no_autocast(x):
+        codes, scales, words, data, scale = _backend(backend, x).quantize_forward(x, config=config, mask=mask)
+    return (
+        codes,
+        scales,
+        _none(x, torch.int32) if words is None else words,
+        _none(x, torch.uint8) if data is None else data,
+        _none(x, torch.uint8) if scale is None else scale,
+    )
+
+
+@quantize_forward.register_fake
+def _(
+    x: Tensor,
+    forward_method: str,
+    statistic: str,
+    scale_rule: str,
+    transform_init: str,
+    group_size: int,
+    mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    chosen = _backend(backend, x)
+    if chosen.packed:
+        data, scale = _none(x, torch.uint8), _none(x, torch.uint8)
+    else:
+        data, scale = chosen.empty_operand(x, rows, columns)
+    words = x.new_empty(rows, columns // GROUP_SIZE, dtype=torch.int32) if mask else _none(x, torch.int32)
+    codes = x.new_empty(rows, columns // 2, dtype=torch.uint8)
+    return codes, x.new_empty(rows, columns // GROUP_SIZE, dtype=torch.uint8), words, data, scale
+
+
+@torch.library.custom_op("quartet::quantize_backward", mutates_args=())
+def quantize_backward(
+    x: Tensor,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    transpose: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _no_autocast(x):
+        return _backend(backend, x).quantize_backward(
+            x, signs=signs, sign_role=sign_role, seed=seed, role=role, rounding=rounding, transpose=transpose
+        )
+
+
+@quantize_backward.register_fake
+def _(
+    x: Tensor,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    transpose: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    if transpose:
+        rows, columns = columns, _padded(rows)
+    return _backend(backend, x).empty_operand(x, rows, columns)
+
+
+@torch.library.custom_op("quartet::requantize", mutates_args=())
+def requantize(
+    codes: Tensor,
+    scales: Tensor,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(backend, codes.device, dtype)
+    with _no_autocast(codes):
+        return chosen.requantize(
+            codes, scales, signs=signs, sign_role=sign_role, seed=seed, role=role, rounding=rounding, dtype=dtype
+        )
+
+
+@requantize.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(backend, codes.device, dtype)
+    return chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[1] * 2, _padded(codes.shape[0]))
+
+
+@torch.library.custom_op("quartet::expand", mutates_args=())
+def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(backend, codes.device, dtype)
+    if chosen.packed:
+        return _none(codes, torch.uint8), _none(codes, torch.uint8)
+    return chosen.expand(codes, scales, dtype=dtype)
+
+
+@expand.register_fake
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(backend, codes.device, dtype)
+    if chosen.packed:
+        return _none(codes, torch.uint8), _none(codes, torch.uint8)
+    return chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[0], codes.shape[1] * 2)
+
+
+@torch.library.custom_op("quartet::matmul", mutates_args=())
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    transform_init: str,
+    group_size: int,
+    out_dtype: torch.dtype,
+    accumulation: str,
+    backend: str,
+) -> Tensor:
+    matrix = rotation_matrix(transform_init, group_size, a.device)
+    with _no_autocast(a):
+        return select_backend(backend, a.device, out_dtype).matmul(
+            a,
+            a_scale,
+            b,
+            b_scale,
+            alpha=alpha,
+            bias=bias,
+            mask=mask,
+            matrix=matrix,
+            out_dtype=out_dtype,
+            accumulation=accumulation,
+        )
+
+
+@matmul.register_fake
+def _(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    transform_init: str,
+    group_size: int,
+    out_dtype: torch.dtype,
+    accumulation: str,
+    backend: str,
+) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+@torch.library.custom_op("quartet::matmul_bf16", mutates_args=())
+def matmul_bf16(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    transpose: bool,
+    alpha: float,
+    mask: Tensor | None,
+    transform_init: str,
+    group_size: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    matrix = rotation_matrix(transform_init, group_size, x.device)
+    with _no_autocast(x):
+        return _backend(backend, x).matmul_bf16(
+            x, codes, scales, transpose=transpose, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype
+        )
+
+
+@matmul_bf16.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    transpose: bool,
+    alpha: float,
+    mask: Tensor | None,
+    transform_init: str,
+    group_size: int,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape[1] if transpose else x.shape[0], codes.shape[1] * 2, dtype=out_dtype)

@@ -1,0 +1,318 @@
+"""Every operation in plain PyTorch: the definition that other backends are compared with, and the CPU's backend.
+
+All arithmetic is float32, or float64 where the input is. Shapes: M rows, K (or N) elements a row, groups of 32 along
+the last axis. A GEMM operand of this backend is the dequantised tensor ``code * scale`` and an empty second tensor.
+Source: Quartet, arXiv 2505.14669 v4, Appendix A.1; QuEST, arXiv 2502.05003; OCP MX v1.0.
+"""
+
+import torch
+from torch import Tensor
+
+from . import philox
+from .config import QuartetConfig
+from .mxfp4 import GROUP_SIZE, NAN_SCALE, decode, pack_codes, pack_mask, unpack_mask
+from .rotation import BACKWARD_GROUP_SIZE, rotation_matrix
+
+QUEST_SCALE = 0.48707976
+"""2.92247856 / 6: the scale that minimises the squared error of E2M1 rounding, in standard deviations of N(0, 1)."""
+MIN_EXPONENT, MAX_EXPONENT = -126, 125
+"""Bytes 1..252: every ``code * scale`` is then a finite normal float32."""
+
+Operand = tuple[Tensor, Tensor]
+
+
+def _layout(dtype: torch.dtype) -> tuple[torch.dtype, int, int]:
+    """Integer type of the same size, mantissa bits, exponent bias."""
+    return (torch.int64, 52, 1023) if dtype == torch.float64 else (torch.int32, 23, 127)
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """floor(log2(x)) of positive finite x, int32, from the bit field (at least that of the smallest normal, - 1)."""
+    integer, mantissa, bias = _layout(x.dtype)
+    return ((x.view(integer) >> mantissa) - bias).to(torch.int32)
+
+
+def _power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2**exponent for exponents of normal numbers."""
+    integer, mantissa, bias = _layout(dtype)
+    return ((exponent.to(integer) + bias) << mantissa).view(dtype)
+
+
+def _binade(u: Tensor) -> Tensor:
+    """2**floor(log2|u|), at least 1: twice the step of the E2M1 grid around u."""
+    integer, mantissa, bias = _layout(u.dtype)
+    return (u.view(integer) & ((2 * bias + 1) << mantissa)).view(u.dtype).clamp_(min=1.0)
+
+
+def round_nearest(u: Tensor) -> Tensor:
+    """The nearest of {0, .5, 1, 1.5, 2, 3, 4, 6} with u's sign, ties to the even code, saturating at 6."""
+    _, mantissa, _ = _layout(u.dtype)
+    # Adding this constant leaves one mantissa bit of u, rounded by the hardware to nearest even.
+    shift = _binade(u).mul_(1.5 * 2.0 ** (mantissa - 1))
+    return (u + shift).sub_(shift).clamp_(-6.0, 6.0)
+
+
+def round_stochastic(u: Tensor, random: Tensor) -> Tensor:
+    """One of the two grid neighbours of |u| < 6: up iff ``(|u| - low) / step >= (255.5 - random) / 256``, uint8 random."""
+    step = _binade(u).mul_(0.5)
+    quotient = u.abs().div_(step)
+    low = quotient.floor()
+    up = quotient.sub_(low) >= (255.5 - random.to(u.dtype)) / 256
+    return (low + up).mul_(step).clamp_(max=6.0).copysign_(u)
+
+
+def rotate(x: Tensor, matrix: Tensor | None, signs: Tensor | None = None) -> Tensor:
+    """``(x D) H g**-1/2`` per block of g along the last axis, in x's dtype; float32 [M, K] or float64."""
+    if matrix is None:
+        return x
+    if signs is not None:
+        matrix = signs[:, None].to(matrix.dtype) * matrix
+    size = matrix.shape[0]
+    # Summed in float64 and rounded once: no order of summation, no TF32 or bf16 that a user may have switched on.
+    total = x.reshape(-1, size).to(torch.float64) @ matrix.to(torch.float64)
+    return (total.to(x.dtype) * _factor(size, x.dtype)).view(x.shape)
+
+
+def _factor(size: int, dtype: torch.dtype) -> float:
+    """size**-1/2 rounded to float32, or float64's own."""
+    return size**-0.5 if dtype == torch.float64 else torch.tensor(size**-0.5, dtype=torch.float32).item()
+
+
+def _group_statistics(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of groups [..., 32]: largest magnitude (1 where the group is unusable), is it all zero, is it finite."""
+    largest = v.abs().amax(-1)
+    finite, zero = largest.isfinite(), largest == 0
+    return torch.where(finite & ~zero, largest, 1.0), zero, finite
+
+
+def _quest_statistic(v: Tensor, largest: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor]:
+    """t * 2**-m and m, per group: the QuEST scale before it is rounded to a power of two."""
+    limit = _layout(v.dtype)[2] - 1
+    m = _exponent(largest).clamp_(-limit, limit)
+    w = v * _power(-m, v.dtype)[..., None]
+    if config.statistic == "std":
+        w = w - w.sum(-1, keepdim=True) / GROUP_SIZE
+    return (w.square().sum(-1) / GROUP_SIZE).sqrt_() * QUEST_SCALE, m
+
+
+def _project(v: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rounded values, scaled values and exponents of groups [..., 32], and which groups are zero and finite."""
+    largest, zero, finite = _group_statistics(v)
+    abs_max = (_exponent(largest) - 2).clamp_(MIN_EXPONENT, MAX_EXPONENT)
+    if config.forward_method == "abs_max":
+        u = (v * _power(-abs_max, v.dtype)[..., None]).mul_(0.75)
+        return round_nearest(u), u, abs_max, zero, finite
+
+    t, m = _quest_statistic(v, largest, config)
+    degenerate = t == 0  # a constant group has no centred deviation
+    if config.scale_rule == "floor":
+        t = t * _power(m, v.dtype) + 1e-8
+        exponent = _exponent(t)
+    else:
+        exponent = _exponent(t) + m
+        if config.scale_rule == "nearest":
+            integer, mantissa, _ = _layout(v.dtype)
+            root = torch.tensor(2.0**0.5, dtype=torch.float32).to(v.dtype).view(integer).item()
+            field = (1 << mantissa) - 1
+            exponent = exponent + ((t.view(integer) & field) >= (root & field))
+    low = torch.where(degenerate, abs_max, exponent.clamp(MIN_EXPONENT, MAX_EXPONENT))
+    u = v * _power(-low, v.dtype)[..., None]
+    q = round_nearest(u)
+    if config.scale_rule != "mse":
+        return q, u, low, zero, finite
+
+    high = torch.where(degenerate, abs_max, (exponent + 1).clamp(MIN_EXPONENT, MAX_EXPONENT))
+    u_high = v * _power(-high, v.dtype)[..., None]
+    q_high = round_nearest(u_high)
+    error, error_high = (u - q).square_().sum(-1), (u_high - q_high).square_().sum(-1)
+    wider = (error_high * 4 < error) & (high > low)
+    pick = wider[..., None]
+    return torch.where(pick, q_high, q), torch.where(pick, u_high, u), torch.where(wider, high, low), zero, finite
+
+
+def _quantize_abs_max(v: Tensor, rounding: str, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward's quantiser, same results as :func:`_project`: |u| < 6, so nothing clips."""
+    largest, zero, finite = _group_statistics(v)
+    exponent = (_exponent(largest) - 2).clamp_(MIN_EXPONENT, MAX_EXPONENT)
+    u = (v * _power(-exponent, v.dtype)[..., None]).mul_(0.75)
+    if rounding == "nearest":
+        return round_nearest(u), u, exponent, zero, finite
+    assert random is not None
+    return round_stochastic(u, random.view(u.shape)), u, exponent, zero, finite
+
+
+def _values(q: Tensor, exponent: Tensor, finite: Tensor) -> Tensor:
+    """``code * scale`` [M, K] from groups [M, K/32, 32]; NaN for a group that is not finite."""
+    scale = torch.where(finite, _power(exponent, q.dtype), torch.nan)
+    return (q * scale[..., None]).flatten(-2)
+
+
+def _pack(q: Tensor, u: Tensor, exponent: Tensor, zero: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes [M, K/2] and scale bytes [M, K/32] from groups [M, K/32, 32]."""
+    # |q| + 2 in {2, 2.5, 3, 3.5, 4, 5, 6, 8} has the index in its three leading mantissa bits (8 counts on to 8).
+    magnitude = (q.abs().to(torch.float32) + 2).view(torch.int32) >> 21
+    index = magnitude.sub_(0x200).clamp_(max=7)
+    codes = (index | (u.signbit().to(torch.int32) << 3)).to(torch.uint8)
+    usable = finite & ~zero
+    packed = pack_codes(codes).masked_fill_(~usable[..., None], 0).flatten(-2)
+    scales = torch.where(finite, torch.where(zero, 0, exponent + 127), NAN_SCALE).to(torch.uint8)
+    return packed, scales
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _forward_groups(x: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _accumulator(x)
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device)
+    return _project(rotate(x, matrix).unflatten(-1, (-1, GROUP_SIZE)), config)
+
+
+def quantize_forward(
+    x: Tensor, *, config: QuartetConfig, mask: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Rotate and project x [M, K]: codes uint8 [M, K/2], scales uint8 [M, K/32], clip mask int32 [M, K/32] or None,
+    and the GEMM operand."""
+    q, u, exponent, zero, finite = _forward_groups(x, config)
+    codes, scales = _pack(q, u, exponent, zero, finite)
+    words = None
+    if mask:
+        keep = (u.abs() < 6) if config.forward_method == "quest" else torch.ones_like(u, dtype=torch.bool)
+        words = pack_mask(keep.flatten(-2)).masked_fill_(~finite, -1)
+    return codes, scales, words, _values(q, exponent, finite), _no_scale(x)
+
+
+def _no_scale(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float32)
+
+
+def _backward_groups(
+    x: Tensor, signs: Tensor | None, sign_role: int | None, seed: Tensor | None, role: int, rounding: str, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _accumulator(x)
+    if transpose:
+        x = torch.nn.functional.pad(x.t(), (0, -x.shape[0] % GROUP_SIZE)).contiguous()
+    if signs is None and sign_role is not None:
+        assert seed is not None
+        signs = philox.draw_signs(seed, sign_role)
+    v = rotate(x, rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device), signs).unflatten(-1, (-1, GROUP_SIZE))
+    random = None
+    if rounding == "stochastic":
+        assert seed is not None
+        random = philox.random_bytes(seed, role, v.shape[0] * v.shape[1])
+    return _quantize_abs_max(v, rounding, random)
+
+
+def quantize_backward(
+    x: Tensor,
+    *,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    transpose: bool,
+) -> Operand:
+    """Rotate x [M, N] along N (or x.T along M, padded with zeros to a multiple of 32) with signs on the input side and
+    quantise it by its absolute maximum; the operand leaves out the factor 4/3.
+
+    ``signs`` float32 [32] are used as given; else ``sign_role`` draws them from ``seed``; else they are +1.
+    """
+    q, _, exponent, _, finite = _backward_groups(x, signs, sign_role, seed, role, rounding, transpose)
+    return _values(q, exponent, finite), _no_scale(x)
+
+
+def quantize_backward_packed(
+    x: Tensor,
+    *,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    transpose: bool,
+) -> Operand:
+    """The same as :func:`quantize_backward`, as packed codes and scales."""
+    return _pack(*_backward_groups(x, signs, sign_role, seed, role, rounding, transpose))
+
+
+def requantize(
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    dtype: torch.dtype = torch.float32,
+) -> Operand:
+    """The operand of the transposed tensor, [K, M] grouped along M, from packed [M, K/2]: reads ``code * scale``."""
+    return quantize_backward(
+        decode(codes, scales, dtype),
+        signs=signs,
+        sign_role=sign_role,
+        seed=seed,
+        role=role,
+        rounding=rounding,
+        transpose=True,
+    )
+
+
+def expand(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
+    """The operand of a packed tensor [M, K/2]."""
+    return decode(codes, scales, dtype), _no_scale(codes)
+
+
+def unrotate(
+    product: Tensor, *, alpha: float, mask: Tensor | None, matrix: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """``alpha * select(mask, product, 0)`` [M, N], rotated back per block along N."""
+    if alpha != 1:
+        product = product * alpha
+    if mask is not None:
+        product = torch.where(unpack_mask(mask), product, 0.0)
+    if matrix is not None:
+        product = rotate(product, matrix.t())
+    return product.to(out_dtype)
+
+
+def matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulation: str = "auto",
+) -> Tensor:
+    """``alpha * A @ B.T + bias`` of two operands, A [M, K], B [N, K]; for the backward, clip mask int32 [M, N/32] and
+    inverse rotation of the result, in float32 before the cast."""
+    product = a @ b.t()
+    if bias is None:
+        return unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
+    return (product * alpha + bias.to(product.dtype)).to(out_dtype)
+
+
+def matmul_bf16(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    transpose: bool,
+    alpha: float,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The straight-through backward: x [M, N], rounded to bfloat16, times ``code * scale`` [N, K] (or x.T times [M, K]),
+    with the same epilogue as :func:`matmul`."""
+    wide = _accumulator(x).dtype
+    x = x.to(torch.bfloat16).to(wide)
+    product = (x.t() if transpose else x) @ decode(codes, scales, wide)
+    return unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
