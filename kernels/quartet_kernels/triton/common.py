@@ -1,0 +1,234 @@
+"""What the quantising kernels share: signs, rotation, scale rules, rounding, random bits, stores.
+
+A program holds R groups of 32 as float32 [R, 4, 8]: element 8 t + k of a group at [t, k]. On the GPU these are the registers
+of thread t of the four that hold a row of a matrix product's result, so that packing needs no exchange between threads.
+Every decision is taken on float32 bit fields; no logarithm, no division, no comparison table.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter multiplies bfloat16 as integers and rounds casts to it wrongly: compute in float64, cast by bits."""
+
+QUEST_SCALE = tl.constexpr(0.48707976)
+MIN_EXPONENT = tl.constexpr(-126)
+MAX_EXPONENT = tl.constexpr(125)
+FIRST_NOT_FINITE = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as float32, for the exponents -126..127 of normal numbers."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_sum(x):
+    """Sum of each group of x [R, 4, 8]: [R]."""
+    return tl.sum(tl.sum(x, axis=2), axis=1)
+
+
+@triton.jit
+def per_element(x):
+    """A number per group, [R], broadcast against [R, 4, 8]."""
+    return x[:, None, None]
+
+
+@triton.jit
+def philox_words(seed_ptr, blocks, ROLE: tl.constexpr):
+    """The four uint32 words of Philox4x32-10 for uint32 block indices; `seed_ptr` points to int64 [3]."""
+    # 32-bit counter words: tl.philox runs another generator on 64-bit ones.
+    zero = blocks * 0
+    step = zero + tl.load(seed_ptr + 1).to(tl.uint32)
+    micro_batch = zero + tl.load(seed_ptr + 2).to(tl.uint32)
+    return tl.philox(tl.load(seed_ptr), blocks, step, micro_batch, zero + ROLE)
+
+
+@triton.jit
+def random_bytes(seed_ptr, groups, ROLE: tl.constexpr):
+    """8 random bits an element, uint32 [R, 4, 8], of the groups with logical indices `groups` [R]; two calls a group."""
+    R: tl.constexpr = groups.shape[0]
+    blocks = (groups.to(tl.uint32) * 2)[:, None] + tl.arange(0, 2).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = philox_words(seed_ptr, blocks, ROLE)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(R, 4, 2, 1)  # [half, word >> 1, word & 1] -> [t, k >> 2]
+    shifts = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
+    return ((words >> shifts) & 0xFF).reshape(R, 4, 8)
+
+
+@triton.jit
+def load_signs(signs_ptr, seed_ptr, SIGN_ROLE: tl.constexpr):
+    """Input-side signs float32 [32]: those given, else drawn from the seed. Pass one of the two."""
+    index = tl.arange(0, 32)
+    if signs_ptr is not None:
+        signs = tl.load(signs_ptr + index)
+    else:
+        word, _, _, _ = philox_words(seed_ptr, tl.full((32,), 0, tl.uint32), SIGN_ROLE)
+        signs = 1.0 - 2.0 * ((word >> index.to(tl.uint32)) & 1).to(tl.float32)
+    return signs
+
+
+@triton.jit
+def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.constexpr, G: tl.constexpr):
+    """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; G = 0: v = x.
+
+    Products with +-1 are exact in x's dtype, sums are float32; the factor follows in float32. Blocks are rows: in a
+    block-diagonal product 0 * NaN would spoil the neighbours.
+    """
+    if G == 0:
+        v = x.to(tl.float32).reshape(x.shape[0] * x.shape[1] // 32, 4, 8)
+    else:
+        R: tl.constexpr = x.shape[0] * x.shape[1] // 32
+        index = tl.arange(0, G)
+        matrix = tl.load(matrix_ptr + index[:, None] * G + index[None, :]).to(tl.float32)
+        if signs_ptr is not None or SIGN_ROLE is not None:
+            matrix *= load_signs(signs_ptr, seed_ptr, SIGN_ROLE)[:, None]
+        if INTERPRET:
+            v = tl.dot(x.to(tl.float64), matrix.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+            v = v.reshape(R, 4, 8)
+        else:
+            # A thread of a product's result holds columns 2 t, 2 t + 1 of every 8: deal the matrix's columns so that
+            # these are 8 consecutive elements, and take the result back into order, which then moves nothing.
+            matrix = matrix.reshape(G, G // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(G, G)
+            v = tl.dot(x, matrix.to(x.dtype), input_precision="ieee")
+            v = v.reshape(R, 4, 4, 2).permute(0, 2, 1, 3).reshape(R, 4, 8)
+        v *= factor
+    return v
+
+
+@triton.jit
+def largest_bits(v):
+    """The bit field of each group's largest magnitude, int32 [R]. On integers, since a float maximum may drop a NaN."""
+    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.max(bits, axis=2), axis=1)
+
+
+@triton.jit
+def clamp_exponent(exponent):
+    return tl.minimum(tl.maximum(exponent, MIN_EXPONENT), MAX_EXPONENT)
+
+
+@triton.jit
+def abs_max_exponent(largest):
+    """floor(log2 max|v|) - 2."""
+    return clamp_exponent((largest >> 23) - 129)
+
+
+@triton.jit
+def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
+    """Exponent of QuEST's scale; of `mse` the lower of its two candidates."""
+    m = tl.minimum(tl.maximum((largest >> 23) - 127, -126), 126)
+    w = v * per_element(power_of_two(-m))  # |w| < 2: squares neither overflow nor vanish
+    if STATISTIC == "std":
+        w -= per_element(group_sum(w) * 0.03125)
+    t = tl.sqrt_rn(group_sum(w * w) * 0.03125) * QUEST_SCALE
+    bits = t.to(tl.int32, bitcast=True)
+    if RULE == "floor":
+        exponent = ((t * power_of_two(m) + 1e-8).to(tl.int32, bitcast=True) >> 23) - 127
+    else:
+        exponent = (bits >> 23) - 127 + m
+        if RULE == "nearest":
+            exponent += ((bits & 0x7FFFFF) >= 0x3504F3).to(tl.int32)  # the significand of sqrt(2)
+    # A constant group has no centred deviation.
+    return tl.where(bits == 0, abs_max_exponent(largest), clamp_exponent(exponent)), (bits != 0) & (exponent >= MIN_EXPONENT)
+
+
+@triton.jit
+def round_nearest(magnitude, STEP: tl.constexpr):
+    """STEP times the nearest of {0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code, saturating; magnitude >= 0."""
+    # 2^22 times the power of two at or below the magnitude: adding it leaves one bit of the significand.
+    magnitude = tl.minimum(magnitude, 6.0 * STEP)
+    shift = tl.maximum(magnitude, 1.0 * STEP).to(tl.int32, bitcast=True) & 0x7F800000
+    shift = (shift + (22 << 23)).to(tl.float32, bitcast=True)
+    return (magnitude + shift) - shift
+
+
+@triton.jit
+def indices_of(values):
+    """Indices 0..7, uint32, of {0, .5, 1, 1.5, 2, 3, 4, 6}: times 2^-126, .5 is a subnormal, and they are the leading bits."""
+    return (values * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) >> 22
+
+
+@triton.jit
+def values_of(indices):
+    """The inverse of `indices_of`."""
+    return (indices << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def stochastic_indices(magnitude, random):
+    """Indices 0..7 of magnitudes < 6: up iff (magnitude - low) / (high - low) >= (255.5 - random) / 256."""
+    # 22 fraction bits below the index; under 1 the grid is uniform, and what truncation drops cannot decide.
+    bits = magnitude.to(tl.uint32, bitcast=True) - (252 << 22)
+    fixed = tl.where(magnitude < 1.0, (tl.minimum(magnitude, 1.0) * 8388608.0).to(tl.int32).to(tl.uint32), bits)
+    return (fixed + (random << 14) + (1 << 13)) >> 22
+
+
+@triton.jit
+def to_bfloat16(x):
+    """Cast of float32 numbers that bfloat16 holds exactly."""
+    if INTERPRET:
+        out = (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = x.to(tl.bfloat16)
+    return out
+
+
+@triton.jit
+def quantize_groups(
+    v, groups, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+    METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
+):  # fmt: skip
+    """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
+
+    Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask int32 [groups],
+    data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (the number rounded is 3/4 of v).
+    """
+    largest = largest_bits(v)
+    zero = largest == 0
+    finite = largest < FIRST_NOT_FINITE
+    if METHOD == "abs_max":
+        exponent = abs_max_exponent(largest)
+        u = v * per_element(power_of_two(-exponent)) * 0.75
+    else:
+        exponent, wider_fits = quest_exponent(v, largest, METHOD, RULE)
+        u = v * per_element(power_of_two(-exponent))
+    magnitude = tl.abs(u)
+
+    if STOCHASTIC:
+        indices = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
+        values = values_of(indices)
+    else:
+        values = round_nearest(magnitude, 1)
+        if METHOD != "abs_max" and RULE == "mse":
+            # The wider grid in units of the narrower one, so both errors have one unit.
+            wider_values = round_nearest(magnitude, 2)
+            error = magnitude - values
+            wider_error = magnitude - wider_values
+            wider = group_sum(wider_error * wider_error) < group_sum(error * error)
+            wider = wider & wider_fits & (exponent < MAX_EXPONENT)
+            exponent += wider.to(tl.int32)
+            half = per_element(tl.where(wider, 0.5, 1.0))
+            values = tl.where(per_element(wider), wider_values, values) * half
+            magnitude *= half
+        indices = indices_of(values)
+
+    sign = (v.to(tl.uint32, bitcast=True) >> 28) & 8
+    if codes_ptr is not None:
+        shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
+        words = tl.sum((indices | sign) << shifts, axis=2)
+        words = tl.where((finite & ~zero)[:, None], words.to(tl.int32, bitcast=True), 0)
+        words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(codes_ptr + words_at, words, mask=inside[:, None])
+    if scales_ptr is not None:
+        byte = tl.where(finite, tl.where(zero, 0, exponent + 127), 255)
+        tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
+    if mask_ptr is not None:
+        bits = (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)[None, :, :]
+        keep = group_sum((magnitude < 6.0).to(tl.uint32) << bits).to(tl.int32, bitcast=True)
+        tl.store(mask_ptr + groups, tl.where(finite, keep, -1), mask=inside)
+    if data_ptr is not None:
+        scale = tl.where(finite, power_of_two(exponent), float("nan"))
+        signed = (values.to(tl.uint32, bitcast=True) | (sign << 28)).to(tl.float32, bitcast=True)
+        data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
+        tl.store(data_ptr + data_at, to_bfloat16(signed * per_element(scale)), mask=inside[:, None, None])

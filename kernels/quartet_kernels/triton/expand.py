@@ -1,0 +1,93 @@
+"""Packed MXFP4 to an FP8 operand: E5M2 relative to one power of two a row, exact over 28 binades below the row's largest.
+
+    E = the largest exponent of the row's groups with a non-zero code, at least -113
+    data = code * 2^(e - E + 13) in E5M2 (exponents -15..13), row scale = 2^(E - 13)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import INTERPRET, values_of
+
+ROWS = 16 if INTERPRET.value else 4
+GROUPS = 64
+SCALES = 256
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+def expand_kernel(
+    codes_ptr, scales_ptr, data_ptr, row_scale_ptr, n_rows, n_groups,
+    CHECK_CODES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """ROWS x GROUPS groups of codes int32 [n_rows, n_groups, 4], scales uint8 [n_rows, n_groups] to data uint8."""
+    tiles = tl.cdiv(n_groups, GROUPS)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0) % tiles
+    row_inside = (row < n_rows)[:, None]
+    first = row.to(tl.int64)[:, None] * n_groups
+
+    group = tile * GROUPS + tl.arange(0, GROUPS)[None, :]
+    inside = row_inside & (group < n_groups)
+    words_at = ((first + group) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    words = tl.load(codes_ptr + words_at, mask=inside[:, :, None], other=0).to(tl.uint32, bitcast=True)
+    byte = tl.load(scales_ptr + first + group, mask=inside, other=0).to(tl.int32)
+
+    largest = tl.zeros((ROWS,), tl.int32)
+    not_finite = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, n_groups, SCALES):
+        other = start + tl.arange(0, SCALES)[None, :]
+        other_inside = row_inside & (other < n_groups)
+        scale = tl.load(scales_ptr + first + other, mask=other_inside, other=0).to(tl.int32)
+        not_finite = tl.maximum(not_finite, tl.max((scale == 255).to(tl.int32), axis=1))
+        used = scale != 255
+        if CHECK_CODES:
+            other_at = ((first + other) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+            other_words = tl.load(codes_ptr + other_at, mask=other_inside[:, :, None], other=0)
+            used &= tl.max(((other_words & 0x77777777) != 0).to(tl.int32), axis=2) != 0
+            scale += 1  # byte 0 is a scale too; 0 stands for a group without a non-zero code
+        largest = tl.maximum(largest, tl.max(tl.where(used, scale, 0), axis=1))
+    empty = largest == 0
+    if CHECK_CODES:
+        largest -= 1
+    largest = tl.maximum(largest, 127 - 113)
+    row_scale = ((largest - 13) << 23).to(tl.float32, bitcast=True)
+    row_scale = tl.where(not_finite != 0, float("nan"), tl.where(empty, 1.0, row_scale))
+    if tile == 0:
+        tl.store(row_scale_ptr + row, row_scale, mask=row < n_rows)
+
+    # Far below the span everything rounds to 0, which is also what the codes of a non-finite group become.
+    exponent = tl.where(byte == 255, -100, tl.maximum(byte - largest[:, None] + 13, -100))
+    factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)[:, :, None, None]
+    codes = words[:, :, :, None] >> (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, None, :]
+    values = values_of(codes & 7) * factor
+    values = (values.to(tl.uint32, bitcast=True) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
+    if INTERPRET:
+        # E5M2 is the upper byte of float16: round its lower byte away, to nearest even.
+        half = values.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        data = ((half + 0x7F + ((half >> 8) & 1)) >> 8).to(tl.uint8)
+    else:
+        data = values.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    data_at = (words_at * 8)[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
+    tl.store(data_ptr + data_at, data, mask=inside[:, :, None, None])
+
+
+def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[Tensor, Tensor]:
+    """FP8 operand of codes uint8 [M, K/2] and scales uint8 [M, K/32]: float8_e5m2 [M, K] and float32 [M].
+
+    Groups more than 28 binades below E round to nearest even. A row without a non-zero code has scale 1; a row with a
+    byte 255 has scale NaN and finite data. ``check_codes=False`` spares looking for groups whose codes are all zero under a
+    byte that is not; only right for codes of the quantisers, where such groups are all below 2^-113.
+    """
+    rows, groups = scales.shape
+    data = torch.empty(rows, groups * 32, dtype=torch.float8_e5m2, device=codes.device)
+    if groups == 0:
+        return data, torch.ones(rows, dtype=torch.float32, device=codes.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=codes.device)
+    if rows > 0:
+        expand_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(groups, GROUPS),)](
+            codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.uint8), row_scale, rows, groups,
+            CHECK_CODES=check_codes, ROWS=ROWS, GROUPS=GROUPS, SCALES=SCALES, num_warps=4,
+        )  # fmt: skip
+    return data, row_scale

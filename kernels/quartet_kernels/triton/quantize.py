@@ -1,0 +1,221 @@
+"""Fused quantisers: rotation, projection to MXFP4, codes, scales and clip mask in one launch.
+
+    forward:  v = x H g^-1/2,      quantised as the configuration says, grouped along x's rows
+    backward: v = (x D) H 32^-1/2, abs-max scale, along x's rows or, without a transposed copy, along its columns
+
+Where the GEMM reads FP8, a second launch expands the codes, which the L2 cache still holds, relative to the largest
+exponent of each row; that exponent is only known when the whole row is quantised.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import QuartetConfig
+from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
+from .common import INTERPRET, quantize_groups, rotate_blocks
+from .expand import expand
+
+Operand = tuple[Tensor, Tensor]
+
+GROUPS_PER_PROGRAM = 2048 if INTERPRET.value else 256  # the interpreter's cost is per operation, not per element
+TRANSPOSED_TOKENS = 128
+TRANSPOSED_FEATURES = 128 if INTERPRET.value else 64
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def quantize_rows_kernel(
+    x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, n_groups, factor, row_stride,
+    K: tl.constexpr, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """R consecutive groups of x [M, K], taken as one row-major sequence of n_groups = M K / 32."""
+    WIDTH: tl.constexpr = 32 if G == 0 else G
+    BLOCKS: tl.constexpr = R * 32 // WIDTH
+    first = tl.program_id(0).to(tl.int64) * R
+    left = n_groups - first  # groups from here to the end
+    block = tl.arange(0, BLOCKS)
+    column = tl.arange(0, WIDTH)
+    if CONTIGUOUS:
+        x_at = block[:, None] * WIDTH + column[None, :]
+        x_ptr += first * 32
+    else:
+        index = first + block * (WIDTH // 32)
+        row = index // (K // 32)
+        x_at = (row * row_stride + (index - row * (K // 32)) * 32)[:, None] + column[None, :]
+    x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
+    v = rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE, G)
+    local = tl.arange(0, R)
+    quantize_groups(
+        v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, METHOD, RULE, STOCHASTIC, ROLE
+    )
+
+
+@triton.jit
+def quantize_transposed_tile(
+    x, first_token, first_feature, n_tokens, n_features, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+    factor, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
+):  # fmt: skip
+    """Quantise a tile x [tokens, features] along its tokens into the operand [n_features, n_tokens padded to 32]."""
+    TOKENS: tl.constexpr = x.shape[0]
+    FEATURES: tl.constexpr = x.shape[1]
+    GROUPS: tl.constexpr = TOKENS // 32
+    x = x.reshape(GROUPS, 32, FEATURES).permute(2, 0, 1).reshape(FEATURES * GROUPS, 32)
+    v = rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE, 32)
+    local = tl.arange(0, FEATURES * GROUPS)
+    feature = first_feature + local // GROUPS
+    token_group = first_token // 32 + local % GROUPS
+    groups_per_row = tl.cdiv(n_tokens, 32)
+    groups = feature.to(tl.int64) * groups_per_row + token_group
+    inside = (feature < n_features) & (token_group < groups_per_row)
+    quantize_groups(
+        v, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE
+    )
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def quantize_columns_kernel(
+    x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features, factor, row_stride,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """One tile of x [n_tokens, n_features], read along its rows, quantised along its columns."""
+    tiles = tl.cdiv(n_features, FEATURES)
+    first_token = tl.program_id(0) // tiles * TOKENS
+    first_feature = tl.program_id(0) % tiles * FEATURES
+    token = first_token + tl.arange(0, TOKENS)
+    feature = first_feature + tl.arange(0, FEATURES)
+    x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
+    x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
+    quantize_transposed_tile(
+        x, first_token, first_feature, n_tokens, n_features, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr,
+        data_ptr, factor, STOCHASTIC, ROLE, SIGN_ROLE,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its rows are contiguous, else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _factor(width: int) -> float:
+    """fl(width^-1/2) in float32."""
+    return torch.tensor(width**-0.5, dtype=torch.float32).item()
+
+
+def empty_codes(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uninitialised codes uint8 [rows, columns / 2] and scales uint8 [rows, columns / 32]."""
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+    return codes, torch.empty(rows, columns // 32, dtype=torch.uint8, device=device)
+
+
+def empty_operand(rows: int, columns: int, operand: str, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(codes, scales, data) that a backward quantiser writes for an operand format; None where it writes none."""
+    if operand == "bf16":
+        return None, None, torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    return *empty_codes(rows, columns, device), None
+
+
+def finish_operand(codes: Tensor | None, scales: Tensor | None, data: Tensor | None, operand: str) -> Operand:
+    """The (data, scale) pair that a GEMM reads, from what a quantiser wrote."""
+    if data is not None:
+        return data, torch.empty(0, dtype=torch.float32, device=data.device)
+    assert codes is not None and scales is not None
+    return expand(codes, scales, check_codes=False) if operand == "fp8" else (codes, scales)
+
+
+def words(codes: Tensor | None) -> Tensor | None:
+    """Codes as 32-bit words of 8, which is how kernels store them."""
+    return None if codes is None else codes.view(torch.int32)
+
+
+def quantize_forward(
+    x: Tensor, *, config: QuartetConfig, mask: bool, operand: str = "packed"
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Rotate and project x [M, K], float32, bfloat16 or float16, K a multiple of the rotation's width.
+
+    Returns codes uint8 [M, K/2], scales uint8 [M, K/32], clip mask int32 [M, K/32] or None, and the GEMM operand:
+    None, None for ``operand="packed"`` (codes and scales are the operand); ``"fp8"``: float8_e5m2 [M, K] and a float32
+    [M] of powers of two; ``"bf16"``: bfloat16 [M, K] of ``code * scale`` and an empty tensor.
+    """
+    rows, columns = x.shape
+    x = _rows(x)
+    codes, scales = empty_codes(rows, columns, x.device)
+    mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
+    data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device) if operand == "bf16" else None
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device, x.dtype)
+    quest = config.forward_method == "quest"
+    _launch_rows(
+        x, matrix, None, None, codes, scales, mask_words, data,
+        METHOD=config.statistic if quest else "abs_max", RULE=config.scale_rule if quest else None,
+        STOCHASTIC=False, ROLE=0, SIGN_ROLE=None,
+    )  # fmt: skip
+    if operand == "fp8":
+        # With the rule `floor`, tiny groups get codes of zero under a scale that is not tiny.
+        return codes, scales, mask_words, *expand(codes, scales, check_codes=quest and config.scale_rule == "floor")
+    if operand == "bf16":
+        return codes, scales, mask_words, data, x.new_empty(0, dtype=torch.float32)
+    return codes, scales, mask_words, None, None
+
+
+def _launch_rows(
+    x: Tensor,
+    matrix: Tensor | None,
+    signs: Tensor | None,
+    seed: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    mask: Tensor | None,
+    data: Tensor | None,
+    **constants: Any,
+) -> None:
+    n_groups = x.numel() // 32
+    if n_groups == 0:
+        return
+    width = 0 if matrix is None else matrix.shape[0]
+    per_program = min(GROUPS_PER_PROGRAM, max(256, triton.next_power_of_2(n_groups)))
+    quantize_rows_kernel[(triton.cdiv(n_groups, per_program),)](
+        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, _factor(max(width, 1)), x.stride(0),
+        K=x.shape[1], CONTIGUOUS=x.is_contiguous(), G=width, R=per_program, num_warps=NUM_WARPS, **constants,
+    )  # fmt: skip
+
+
+def quantize_backward(
+    x: Tensor,
+    *,
+    signs: Tensor | None = None,
+    sign_role: int | None = None,
+    seed: Tensor | None = None,
+    role: int = 0,
+    rounding: str = "nearest",
+    transpose: bool = False,
+    operand: str = "packed",
+) -> Operand:
+    """Rotate x [M, N] along N, or x.T along M padded with zeros to a multiple of 32, and quantise it by abs-max.
+
+    ``signs`` float32 [32] are used as given, else ``sign_role`` draws them from ``seed`` int64 [3], else they are +1.
+    The operand leaves out the factor 4/3: ``"packed"``: codes and scales; ``"fp8"`` and ``"bf16"`` as in
+    :func:`quantize_forward`, and no codes are kept.
+    """
+    rows, columns = x.shape
+    x = _rows(x)
+    stochastic = rounding == "stochastic"
+    matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device, x.dtype)
+    sign_role = sign_role if signs is None else None
+    constants = dict(STOCHASTIC=stochastic, ROLE=role if stochastic else 0, SIGN_ROLE=sign_role)
+    if not transpose:
+        codes, scales, data = empty_operand(rows, columns, operand, x.device)
+        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, METHOD="abs_max", RULE=None, **constants)
+        return finish_operand(codes, scales, data, operand)
+    codes, scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, x.device)
+    if x.numel() > 0:
+        tiles = triton.cdiv(rows, TRANSPOSED_TOKENS) * triton.cdiv(columns, TRANSPOSED_FEATURES)
+        quantize_columns_kernel[(tiles,)](
+            x, matrix, signs, seed, words(codes), scales, data, rows, columns, _factor(BACKWARD_GROUP_SIZE), x.stride(0),
+            TOKENS=TRANSPOSED_TOKENS, FEATURES=TRANSPOSED_FEATURES, num_warps=NUM_WARPS, **constants,
+        )  # fmt: skip
+    return finish_operand(codes, scales, data, operand)
