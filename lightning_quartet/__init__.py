@@ -1,0 +1,20 @@
+"""Train with MXFP4 matrix products, forward and backward: Quartet (arXiv 2505.14669) for PyTorch Lightning."""
+
+from lightning_quartet.callbacks import QuartetQAT
+from lightning_quartet.convert import ConversionReport, convert_to_quartet, revert_from_quartet
+from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.precision import QuartetPrecision
+from quartet_kernels import QuartetConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionReport",
+    "QuartetConfig",
+    "QuartetLinear",
+    "QuartetPrecision",
+    "QuartetQAT",
+    "convert_to_quartet",
+    "revert_from_quartet",
+    "set_quartet_step",
+]

@@ -1,0 +1,5 @@
+"""Callbacks for the Trainer."""
+
+from lightning_quartet.callbacks.qat import QuartetQAT
+
+__all__ = ["QuartetQAT"]

@@ -1,0 +1,340 @@
+"""QuartetQAT: the callback that turns a training into one with MXFP4 matrix products."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_quartet.convert import convert, resolve_config, resolve_patterns, revert
+from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.precision import QuartetPrecision
+from quartet_kernels import QuartetConfig
+from quartet_kernels.backends import select_backend
+
+_STATE_VERSION = 1
+_NOT_NUMERICS = ("backend", "accumulation")  # how it is computed, not what: may change between runs
+
+
+class QuartetQAT(Callback):
+    """Trains the linear layers of any LightningModule in MXFP4: ``Trainer(callbacks=[QuartetQAT()])``.
+
+    The layers become :class:`~lightning_quartet.QuartetLinear` when a fit, validation, test or prediction begins, also
+    those that ``setup`` or ``configure_model`` make; the model's state dict stays that of ``nn.Linear``. The random
+    bits of the backward follow from the config's seed, the step and the batch, so the user's random streams are not
+    touched and a resumed run repeats an uninterrupted one bit for bit.
+
+    Args:
+        config: The numerics: a config, the name of a recipe such as ``"quartet_stochastic"``, or ``None`` for the
+            default.
+        modules_to_not_convert: Names to leave alone, see :func:`~lightning_quartet.convert_to_quartet`; ``None`` means
+            ``lm_head`` where there is one.
+        start_step: The optimizer step from which on products are MXFP4; before it the layers compute as ``nn.Linear``.
+        end_step: The optimizer step from which on they compute as ``nn.Linear`` again; ``None`` means never.
+        master_dtype: ``"float32"`` keeps the converted layers' parameters in float32 where the Trainer's precision
+            (``bf16-true``, ``16-true``) would cast them.
+        revert_on_end: Give the layers that this callback converted their class ``nn.Linear`` back at the end, also
+            after an exception.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a recipe or step is not valid.
+        MisconfigurationException: In ``setup``, for a Trainer, strategy or plugin that it cannot work with.
+
+    Example::
+
+        trainer = Trainer(max_steps=1000, precision="bf16-mixed", callbacks=[QuartetQAT("quartet")])
+        trainer.fit(model, data)
+    """
+
+    def __init__(
+        self,
+        config: QuartetConfig | str | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        start_step: int = 0,
+        end_step: int | None = None,
+        master_dtype: Literal["float32"] | None = None,
+        revert_on_end: bool = False,
+    ) -> None:
+        self.config = resolve_config(config)
+        self.modules_to_not_convert = resolve_patterns(modules_to_not_convert)
+        if not isinstance(start_step, int) or start_step < 0:
+            raise ValueError(f"QuartetQAT: start_step is {start_step!r}; it must be an integer of at least 0.")
+        if end_step is not None and (not isinstance(end_step, int) or end_step <= start_step):
+            raise ValueError(
+                f"QuartetQAT: end_step is {end_step!r}; it must be None or an integer greater than start_step "
+                f"({start_step})."
+            )
+        if master_dtype not in (None, "float32"):
+            raise ValueError(f"QuartetQAT: master_dtype is {master_dtype!r}; it must be 'float32' or None.")
+        self.start_step = start_step
+        self.end_step = end_step
+        self.master_dtype = master_dtype
+        self.revert_on_end = revert_on_end
+        self._step: int | None = None  # of the last batch
+        self._micro_batch = 0
+        self._converted: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
+
+    # Set-up and its undoing ------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _check_trainer(trainer)
+        self._check_neighbours(trainer)
+        select_backend(self.config.backend, trainer.strategy.root_device, torch.float32)
+
+        # Layers that the module's own hooks make are still to come; convert_module, the last call before optimizers
+        # are made, checks then.
+        late = is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
+        self._convert(pl_module, complete=not late)
+        if is_overridden("configure_model", pl_module):
+            self._wrap_configure_model(pl_module)
+        self._route(trainer, pl_module)
+        if stage == "fit":
+            self._step, self._micro_batch = None, 0  # a checkpoint that is resumed sets them again after this
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore(pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Lightning does not call teardown after an exception.
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: pl.LightningModule) -> None:
+        while self._undo:
+            self._undo.pop()()
+        if self.revert_on_end:
+            revert(pl_module, self._converted)
+            self._converted = []
+
+    def _check_neighbours(self, trainer: pl.Trainer) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                "QuartetQAT does not work with DeepSpeed, which replaces parameters and the backward; choose another "
+                "strategy, for example 'ddp'."
+            )
+        sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+        if sharded and self.master_dtype is not None:
+            raise MisconfigurationException(
+                f"QuartetQAT(master_dtype={self.master_dtype!r}) does not work with {type(strategy).__name__}, which "
+                "needs one dtype for all parameters; keep the model in float32 with precision='bf16-mixed' instead."
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = next((c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))), None)
+        if isinstance(strategy, ModelParallelStrategy) and averaging is not None:
+            raise MisconfigurationException(
+                f"{type(averaging).__name__} does not work with {type(strategy).__name__}, whose sharded modules "
+                "cannot be copied; leave one of them out."
+            )
+        plugin = strategy.precision_plugin
+        if isinstance(plugin, QuartetPrecision):
+            if plugin.config is not None and plugin.config != self.config:
+                raise MisconfigurationException(
+                    f"QuartetPrecision has {plugin.config} and QuartetQAT {self.config}; give the config to only one "
+                    "of them."
+                )
+            if plugin.modules_to_not_convert not in (None, self.modules_to_not_convert):
+                raise MisconfigurationException(
+                    f"QuartetPrecision has modules_to_not_convert={plugin.modules_to_not_convert} and QuartetQAT "
+                    f"{self.modules_to_not_convert}; give them to only one of the two."
+                )
+
+    def _wrap_configure_model(self, pl_module: pl.LightningModule) -> None:
+        """Convert right after ``configure_model``, so that what follows it (checkpoints, weight averaging) sees it."""
+        original = pl_module.configure_model
+        instance_attribute = pl_module.__dict__.get("configure_model")
+
+        @functools.wraps(original)
+        def configure_model() -> None:
+            original()
+            self._convert(pl_module, complete=False)
+
+        def undo() -> None:
+            if instance_attribute is None:
+                del pl_module.__dict__["configure_model"]
+            else:
+                pl_module.__dict__["configure_model"] = instance_attribute
+
+        pl_module.__dict__["configure_model"] = configure_model
+        self._undo.append(undo)
+
+    def _route(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the Trainer's own precision plugin call us in ``convert_module``.
+
+        A subclass made on the fly keeps everything else: what strategies accept, and the name under which a gradient
+        scaler is found in checkpoints.
+        """
+        plugin = trainer.strategy.precision_plugin
+        plain = type(plugin)
+        if isinstance(plugin, _Routing):
+            raise MisconfigurationException(
+                "The Trainer has two QuartetQAT callbacks, or one Trainer's plugin is used by another; keep one."
+            )
+        routed = type(f"Quartet{plain.__name__}", (_Routing, plain), {"__qualname__": plain.__qualname__})
+        plugin.__class__ = routed
+        plugin._quartet_callback = self  # type: ignore[attr-defined]
+        trainer.strategy.precision_plugin = plugin
+
+        def undo() -> None:
+            plugin.__class__ = plain
+            del plugin._quartet_callback  # type: ignore[attr-defined]
+
+        self._undo.append(undo)
+
+    # Conversion ------------------------------------------------------------------------------------------------------
+
+    def _convert(self, module: nn.Module, complete: bool) -> None:
+        before = {layer for layer in module.modules() if isinstance(layer, QuartetLinear)}
+        report = convert(module, self.config, self.modules_to_not_convert, complete=complete)
+        self._converted += [
+            layer for layer in module.modules() if isinstance(layer, QuartetLinear) and layer not in before
+        ]
+        for layer in before:
+            if layer not in self._converted and layer.quartet_config != self.config:
+                rank_zero_warn(
+                    f"Layers converted before keep {layer.quartet_config}, QuartetQAT has {self.config}: call "
+                    "revert_from_quartet(model) first to train them with the callback's."
+                )
+                break
+        if self.master_dtype is not None:
+            for parameter in _own_parameters(module):
+                parameter.data = parameter.data.float()
+        if report.converted:
+            rank_zero_info(str(report))
+
+    def _convert_module(self, plain: Callable[[nn.Module], nn.Module], module: nn.Module) -> nn.Module:
+        """The precision plugin's ``convert_module``, around the plugin's own."""
+        self._convert(module, complete=True)
+        masters: dict[nn.Parameter, Tensor] = {}
+        if self.master_dtype is not None:
+            masters = {parameter: parameter.data for parameter in _own_parameters(module)}
+        module = plain(module)
+        for parameter, data in masters.items():
+            parameter.data = data.to(parameter.device)
+        return module
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        parameters = set(pl_module.parameters())
+        for optimizer in trainer.optimizers:
+            if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
+                raise MisconfigurationException(
+                    f"None of the parameters of {type(optimizer).__name__} belongs to the model, so it would train "
+                    "nothing; make the optimizer in configure_optimizers."
+                )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
+        self._step = step
+        self._enable(trainer, pl_module)
+        set_quartet_step(pl_module, step, self._micro_batch)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # In manual optimization one batch can have several backwards, each followed by a step of its optimizer.
+        if not pl_module.automatic_optimization and self._step is not None:
+            self._micro_batch += 1
+            set_quartet_step(pl_module, self._step, self._micro_batch)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._enable(trainer, pl_module)
+
+    def _enable(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switch the layers to the phase of the current step (outside fit: of the last step that is known)."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        step = trainer.global_step if fitting else max(trainer.global_step, self._step or 0)
+        enabled = self.start_step <= step and (self.end_step is None or step < self.end_step)
+        for module in pl_module.modules():
+            if isinstance(module, QuartetLinear) and module.quartet_enabled != enabled:
+                module.quartet_enabled = enabled
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Primitives only: the Trainer loads checkpoints with weights_only=True.
+        return {
+            "version": _STATE_VERSION,
+            "config": self.config.to_dict(),
+            "step": self._step,
+            "micro_batch": self._micro_batch,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
+        saved, mine = state_dict["config"], self.config.to_dict()
+        names = [name for name in {**mine, **saved} if name not in _NOT_NUMERICS]
+        changed = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
+            for name in names
+            if saved.get(name) != mine.get(name)
+        ]
+        if changed:
+            rank_zero_warn(f"The checkpoint was trained with another QuartetConfig ({'; '.join(changed)}).")
+
+
+class _Routing(Precision):
+    """Mixed into the class of the Trainer's precision plugin, see ``QuartetQAT._route``."""
+
+    _quartet_callback: QuartetQAT
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return self._quartet_callback._convert_module(super().convert_module, module)
+
+
+def _check_trainer(trainer: object) -> None:
+    if not isinstance(trainer, pl.Trainer):
+        raise MisconfigurationException(
+            f"QuartetQAT needs a Trainer of the package `lightning`, not {type(trainer).__module__}."
+            f"{type(trainer).__qualname__}: write `import lightning.pytorch as pl` instead of "
+            "`import pytorch_lightning as pl`."
+        )
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that only QuartetLinear layers use; a tied embedding must keep the model's dtype."""
+    layers, others = [], set()
+    for child in module.modules():
+        if isinstance(child, QuartetLinear):
+            layers += list(child.parameters(recurse=False))
+        else:
+            others |= set(child.parameters(recurse=False))
+    return [parameter for parameter in dict.fromkeys(layers) if parameter not in others]

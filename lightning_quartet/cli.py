@@ -1,0 +1,41 @@
+"""The command line: LightningCLI for training, and tools that need no Trainer."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningCLI
+
+TOOLS = {
+    "bench": ("quartet_kernels.__main__", "measure the kernels on this machine"),
+    "doctor": ("quartet_kernels.__main__", "say which backends can run here, and why not"),
+}
+"""Tools: name, module whose ``main(argv)`` runs it (argv begins with the name), one line of help."""
+
+_DESCRIPTION = """Train, validate, test and predict with MXFP4 matrix products.
+
+The model and the data are named by class path, best in a YAML file:
+  lightning-quartet fit --config examples/language_model/config.yaml
+  lightning-quartet fit --config run.yaml --trainer.callbacks+=QuartetQAT --trainer.callbacks.config=quartet_stochastic
+
+Tools:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lightning-quartet``; returns the exit status.
+
+    Args:
+        argv: Arguments without the program's name; ``None`` means those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in TOOLS:
+        # Before LightningCLI is built: tools have their own options and start faster.
+        return importlib.import_module(TOOLS[arguments[0]][0]).main(arguments) or 0
+    tools = "\n".join(f"  {name:<10} {text}" for name, (_, text) in TOOLS.items())
+    LightningCLI(
+        args=arguments,
+        parser_kwargs={"description": _DESCRIPTION + tools, "prog": "lightning-quartet"},
+        save_config_kwargs={"overwrite": True},
+    )
+    return 0

@@ -1,0 +1,258 @@
+"""convert_to_quartet: the one place where ``nn.Linear`` layers become QuartetLinear, and the way back."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from lightning_quartet.linear import QuartetLinear, become_linear, become_quartet, forget, link, unsupported_shape
+from quartet_kernels import QuartetConfig
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+_LORA_ADAPTERS = ("lora_A", "lora_B")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What :func:`convert_to_quartet` did.
+
+    Attributes:
+        converted: Names of the layers that are QuartetLinear now and were not before.
+        already_converted: Names of the layers that were before.
+        skipped: Name of each linear layer that stays as it is, and the reason.
+        config: The numerics of the converted layers.
+    """
+
+    converted: tuple[str, ...]
+    already_converted: tuple[str, ...]
+    skipped: dict[str, str]
+    config: QuartetConfig
+
+    def __str__(self) -> str:
+        done = len(self.converted) + len(self.already_converted)
+        before = f" ({len(self.already_converted)} of them before)" if self.already_converted else ""
+        lines = [f"Quartet: {done} of {done + len(self.skipped)} linear layers in MXFP4{before}, {self.config}"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"  kept {shown}: {reason}")
+        return "\n".join(lines)
+
+
+def convert_to_quartet(
+    module: nn.Module,
+    *,
+    config: QuartetConfig | str | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> ConversionReport:
+    """Convert the ``nn.Linear`` layers of a model to QuartetLinear, in place.
+
+    Layers keep their Parameter objects, hooks, flags and device, so optimizers made before stay valid and tied weights
+    stay tied. Layers converted before are left alone. Stay as they are, with a reason in the report: layers whose
+    sizes do not fit, subclasses of ``nn.Linear`` (they compute something else), ``out_proj`` of
+    ``nn.MultiheadAttention``, and LoRA adapters (``lora_A``, ``lora_B``). ``nn.TransformerEncoderLayer`` gives up its
+    fused evaluation path, which would go around its converted layers.
+
+    Args:
+        module: The model, or a single ``nn.Linear``.
+        config: The numerics, or the name of a recipe; ``None`` means ``QuartetConfig()``.
+        modules_to_not_convert: Patterns of names to leave alone, with all that is inside. A pattern matches a run of
+            whole components anywhere in a name (``lm_head`` matches ``model.lm_head``, ``layers.1`` matches
+            ``model.layers.1.mlp`` and not ``model.layers.10``); ``*``, ``?`` and ``[...]`` are wildcards.
+            ``None`` means ``lm_head`` where there is one.
+        module_filter_fn: Called as ``module_filter_fn(layer, name)``; a layer is converted only if it returns true.
+
+    Returns:
+        What was converted, and what was not and why; ``str(report)`` is a short summary.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a given pattern matches nothing, or no layer is or was converted; the model is unchanged then.
+    """
+    return convert(module, config, modules_to_not_convert, module_filter_fn)
+
+
+def revert_from_quartet(module: nn.Module) -> int:
+    """Give all QuartetLinear layers of a model the class ``nn.Linear`` again, in place.
+
+    Returns:
+        The number of layers reverted.
+
+    Raises:
+        TypeError: If ``module`` is no ``nn.Module``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"revert_from_quartet needs an nn.Module, not {type(module).__name__}.")
+    layers = [layer for layer in module.modules() if isinstance(layer, QuartetLinear)]
+    revert(module, layers)
+    return len(layers)
+
+
+def resolve_config(config: QuartetConfig | str | None) -> QuartetConfig:
+    """A config, a recipe's name, or ``None`` for the default, as a config."""
+    if config is None:
+        return QuartetConfig()
+    if isinstance(config, str):
+        return QuartetConfig.from_recipe(config)
+    if not isinstance(config, QuartetConfig):
+        raise TypeError(f"config is {config!r}; pass a QuartetConfig, the name of a recipe, or None.")
+    return config
+
+
+def resolve_patterns(patterns: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Patterns as a tuple, checked."""
+    if patterns is None:
+        return None
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise TypeError(f"modules_to_not_convert is {patterns!r}; pass a list of names such as ['lm_head'], or None.")
+    return tuple(patterns)
+
+
+def convert(
+    module: nn.Module,
+    config: QuartetConfig | str | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    complete: bool = True,
+) -> ConversionReport:
+    """:func:`convert_to_quartet`; with ``complete=False`` layers may be made later, so having none is no error yet."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert_to_quartet needs an nn.Module, not {type(module).__name__}.")
+    config = resolve_config(config)
+    given = resolve_patterns(modules_to_not_convert)
+    names = _all_names(module)
+    if complete:
+        for pattern in given or ():
+            if not any(_matches(name, pattern) for aliases in names.values() for name in aliases):
+                raise ValueError(
+                    f"modules_to_not_convert has {pattern!r}, which matches no module of {type(module).__name__}; "
+                    "correct the pattern or leave it out."
+                )
+
+    plan = _Plan(config=config, patterns=("lm_head",) if given is None else given, filter_fn=module_filter_fn)
+    for layer, aliases in names.items():
+        if isinstance(layer, nn.Linear):
+            plan.add(layer, aliases)
+    if complete and not plan.layers and not plan.already_converted:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:5])
+        raise ValueError(
+            f"{type(module).__name__} has no linear layer to convert to MXFP4"
+            + (f" ({reasons})" if reasons else " (it has no nn.Linear)")
+            + "; change modules_to_not_convert or the sizes of its layers."
+        )
+
+    # Everything was checked: from here on nothing fails.
+    for layer in plan.layers.values():
+        become_quartet(layer, config)
+    if plan.layers:
+        _leave_fused_paths(module)
+        link(module)
+    return ConversionReport(
+        converted=tuple(plan.layers),
+        already_converted=tuple(plan.already_converted),
+        skipped=plan.skipped,
+        config=config,
+    )
+
+
+def revert(module: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Revert these layers of the model."""
+    for layer in layers:
+        if isinstance(layer, QuartetLinear):
+            become_linear(layer)
+    _restore_fused_paths(module)
+    if not any(isinstance(layer, QuartetLinear) for layer in module.modules()):
+        forget(module)
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """Decides layer by layer, changes nothing."""
+
+    config: QuartetConfig
+    patterns: tuple[str, ...]
+    filter_fn: Callable[[nn.Module, str], bool] | None
+    layers: dict[str, nn.Linear] = field(default_factory=dict)
+    already_converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, layer: nn.Linear, aliases: list[str]) -> None:
+        name = aliases[0] or "(the module itself)"
+        if isinstance(layer, QuartetLinear):
+            self.already_converted.append(name)
+            return
+        reason = self._reason(layer, aliases)
+        if reason is None:
+            self.layers[name] = layer
+        else:
+            self.skipped[name] = reason
+
+    def _reason(self, layer: nn.Linear, aliases: list[str]) -> str | None:
+        """Why a layer stays as it is, or ``None``."""
+        for pattern in self.patterns:
+            if any(_matches(name, pattern) for name in aliases):
+                return f"matches {pattern!r}"
+        if any(_matches(name, pattern) for name in aliases for pattern in _LORA_ADAPTERS):
+            return "a LoRA adapter"
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention uses its weight without calling it"
+        if type(layer) is not nn.Linear:
+            return f"a subclass of nn.Linear ({type(layer).__name__})"
+        if "forward" in layer.__dict__:
+            return "its forward was replaced on the instance"
+        if layer.weight.dtype not in _DTYPES:
+            return f"its weight is {layer.weight.dtype}"
+        reason = unsupported_shape(layer.in_features, layer.out_features, self.config)
+        if reason is None and self.filter_fn is not None and not self.filter_fn(layer, aliases[0]):
+            return "left out by module_filter_fn"
+        return reason
+
+
+def _all_names(root: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all its names (a shared module has several), without the components that wrappers add."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        clean = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        names.setdefault(module, []).append(clean)
+    return names
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    runs = (parts[i : i + len(wanted)] for i in range(len(parts) - len(wanted) + 1))
+    return fnmatchcase(name, pattern) or any(all(map(fnmatchcase, run, wanted)) for run in runs)
+
+
+# In evaluation nn.TransformerEncoderLayer calls one fused operation on the weights of its linear1 and linear2, and
+# nn.TransformerEncoder makes nested tensors for it: validation would silently run without quantisation. Both look at
+# one attribute that has no other use.
+_FUSED_PATH_SWITCH: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+    (nn.TransformerEncoder, "use_nested_tensor"),
+)
+
+
+def _leave_fused_paths(root: nn.Module) -> None:
+    for module in root.modules():
+        for kind, switch in _FUSED_PATH_SWITCH:
+            if isinstance(module, kind) and _has_quartet(module) and "_quartet_fused_path" not in module.__dict__:
+                module.__dict__["_quartet_fused_path"] = getattr(module, switch, 0)
+                setattr(module, switch, 0)
+
+
+def _restore_fused_paths(root: nn.Module) -> None:
+    for module in root.modules():
+        for kind, switch in _FUSED_PATH_SWITCH:
+            if isinstance(module, kind) and "_quartet_fused_path" in module.__dict__ and not _has_quartet(module):
+                setattr(module, switch, module.__dict__.pop("_quartet_fused_path"))
+
+
+def _has_quartet(module: nn.Module) -> bool:
+    return any(isinstance(child, QuartetLinear) for child in module.modules())

@@ -1,0 +1,262 @@
+"""QuartetLinear: an ``nn.Linear`` whose three matrix products run in MXFP4."""
+
+import warnings
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quartet_kernels import QuartetConfig, quartet_linear
+
+
+class QuartetLinear(nn.Linear):
+    """``y = x W^T + b`` with forward and backward products in MXFP4; parameters and state dict are ``nn.Linear``'s.
+
+    Usually made by :func:`lightning_quartet.convert_to_quartet`, which gives existing layers this class.
+
+    Args:
+        in_features: Size of the last axis of the input, a multiple of ``config.hadamard_group_size``.
+        out_features: Size of the last axis of the output, a multiple of 32.
+        bias: Whether to add a learnable bias.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        config: The numerics; ``None`` means ``QuartetConfig()``.
+
+    Attributes:
+        quartet_config: The numerics of this layer.
+        quartet_enabled: ``False`` computes ``nn.Linear``'s plain product (a high-precision phase of a training).
+
+    Raises:
+        ValueError: If a size is not such a multiple.
+    """
+
+    quartet_config: QuartetConfig
+    quartet_enabled: bool
+    _quartet_seed: Tensor
+    _quartet_step_set: bool
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: QuartetConfig | None = None,
+    ) -> None:
+        config = QuartetConfig() if config is None else config
+        reason = unsupported_shape(in_features, out_features, config)
+        if reason is not None:
+            raise ValueError(f"QuartetLinear({in_features}, {out_features}): {reason}; use nn.Linear here.")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        become_quartet(self, config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype or autocast's."""
+        if not self.quartet_enabled:
+            return F.linear(input, self.weight, self.bias)
+        if not torch.compiler.is_compiling() and not self._quartet_step_set and torch.is_grad_enabled():
+            _warn_step_never_set(self)
+        # Nothing here differs between layers of one shape for the compiler: the layer's number is inside the seed.
+        return quartet_linear(input, self.weight, self.bias, config=self.quartet_config, seed=self._quartet_seed)
+
+    def extra_repr(self) -> str:
+        phase = "" if self.quartet_enabled else ", quartet_enabled=False"
+        return f"{super().extra_repr()}, {self.quartet_config}{phase}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The seed is no buffer (DDP would broadcast it, weight averaging would average it), so it moves here.
+        super()._apply(fn, recurse)
+        device = _seed_device(self.weight)
+        if self._quartet_seed.device != device:
+            self._quartet_seed = self._quartet_seed.to(device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would take the table of all layers with it into every copy or pickle of this one.
+        return {**self.__dict__, "_quartet_seed": self._quartet_seed.clone()}
+
+
+def unsupported_shape(in_features: int, out_features: int, config: QuartetConfig) -> str | None:
+    """Why a layer of this shape cannot be a QuartetLinear, or ``None``."""
+    group = 32 if config.transform_init == "identity" else config.hadamard_group_size
+    if in_features % group or in_features == 0:
+        return f"in_features is {in_features}, not a multiple of the rotation's group, {group}"
+    if out_features % 32 or out_features == 0:
+        return f"out_features is {out_features}, not a multiple of 32"
+    return None
+
+
+def become_quartet(linear: nn.Linear, config: QuartetConfig) -> None:
+    """Give an ``nn.Linear`` the class QuartetLinear, in place: parameters, hooks and flags stay the same objects."""
+    linear.__class__ = QuartetLinear
+    assert isinstance(linear, QuartetLinear)  # for the type checker
+    linear.quartet_config = config
+    linear.quartet_enabled = True
+    linear._quartet_step_set = False
+    with torch.inference_mode(False):
+        linear._quartet_seed = torch.tensor([config.seed, 0, 0], device=_seed_device(linear.weight))
+    _Generation.advance()
+
+
+def become_linear(linear: QuartetLinear) -> None:
+    """Undo :func:`become_quartet`."""
+    linear.__class__ = nn.Linear  # type: ignore[assignment]
+    for name in ("quartet_config", "quartet_enabled", "_quartet_step_set", "_quartet_seed"):
+        del linear.__dict__[name]
+    _Generation.advance()
+
+
+def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
+    """Tell all QuartetLinear layers of a model where the training is; a plain loop calls it before each forward.
+
+    The random signs (and stochastic rounding) of the backward depend on the config's seed, the layer's number among
+    the QuartetLinear layers of ``module``, this step, this micro-batch and the rank, and on nothing else. So call it
+    with the same ``module`` each time. Lightning users need not: ``QuartetQAT`` and ``QuartetPrecision`` call it.
+
+    Args:
+        module: The model.
+        step: Number of optimizer steps taken, 0 <= step < 2**32.
+        micro_batch: Number of batches since the last optimizer step, 0 <= micro_batch < 2**16.
+
+    Raises:
+        TypeError: If ``module`` is no ``nn.Module``, or a number is no integer.
+        ValueError: If a number is out of range, or the module has no QuartetLinear.
+
+    Example::
+
+        for step, batch in enumerate(batches):
+            set_quartet_step(model, step)
+            model(batch).sum().backward()
+            optimizer.step()
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"set_quartet_step needs the nn.Module that was converted, not {type(module).__name__}.")
+    for name, value, limit in (("step", step, 2**32), ("micro_batch", micro_batch, 2**16)):
+        if not isinstance(value, int):
+            raise TypeError(f"set_quartet_step: {name} is {value!r}; it must be an integer.")
+        if not 0 <= value < limit:
+            raise ValueError(f"set_quartet_step: {name} is {value}; it must be at least 0 and less than {limit}.")
+    state = _state_of(module)
+    if not state.layers:
+        raise ValueError(
+            f"set_quartet_step: {type(module).__name__} has no QuartetLinear; call convert_to_quartet(module) first."
+        )
+    state.set(step, micro_batch)
+
+
+def link(module: nn.Module) -> None:
+    """Number the QuartetLinear layers of ``module`` and move their seeds into one shared table."""
+    _state_of(module)
+
+
+class _Generation:
+    """Counts conversions in this process, so that the layers of a root are listed again only when they may differ."""
+
+    _numbers = count(1)
+    current = 0
+
+    @classmethod
+    def advance(cls) -> None:
+        cls.current = next(cls._numbers)
+
+
+class _QuartetState:
+    """The seeds of one root's layers: row i of a table, int64 [n_layers, 4], is layer i's (layer<<32 | seed, step,
+    rank<<16 | micro-batch, unused). One table per device in use; rows are 32 bytes apart, which keeps every layer's
+    view aligned alike for compiled code. The root holds it as a plain attribute.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.generation = _Generation.current
+        self.step, self.micro_batch = 0, 0
+        self.was_set = False
+        self.layers = [module for module in root.modules() if isinstance(module, QuartetLinear)]
+        self.link()
+
+    def link(self) -> None:
+        devices = [_seed_device(layer.weight) for layer in self.layers]
+        with torch.inference_mode(False):  # a table made during trainer.validate() must serve a later fit
+            numbers = [(number << 32) | layer.quartet_config.seed for number, layer in enumerate(self.layers)]
+            table = torch.zeros(len(self.layers), 4, dtype=torch.int64)
+            table[:, 0] = torch.tensor(numbers, dtype=torch.int64)
+            self.tables = {device: table.to(device, copy=True) for device in set(devices)}
+            self.rows = [self.tables[device][i, :3] for i, device in enumerate(devices)]
+        for layer, row in zip(self.layers, self.rows, strict=True):
+            layer._quartet_seed = row
+        self.fill()
+
+    def is_linked(self) -> bool:
+        """Whether every layer still has its row: not after a move, a deepcopy, or a link under another root."""
+        return len(self.rows) == len(self.layers) and all(
+            layer._quartet_seed is row for layer, row in zip(self.layers, self.rows, strict=True)
+        )
+
+    def set(self, step: int, micro_batch: int) -> None:
+        self.step, self.micro_batch = step, micro_batch
+        if not self.was_set:
+            self.was_set = True
+            for layer in self.layers:
+                layer._quartet_step_set = True
+        self.fill()
+
+    def fill(self) -> None:
+        rank = torch.distributed.get_rank() if _distributed() else 0
+        for table in self.tables.values():  # fills, not copies: no wait for the device
+            table[:, 1].fill_(self.step)
+            table[:, 2].fill_((rank << 16) | self.micro_batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles link anew at their first set_quartet_step.
+        return {**self.__dict__, "rows": [], "tables": {}}
+
+
+def _state_of(root: nn.Module) -> _QuartetState:
+    """The state of this root, with every layer linked to it."""
+    old: _QuartetState | None = root.__dict__.get("_quartet_state")
+    if old is not None and old.generation == _Generation.current and old.is_linked():
+        return old
+    state = _QuartetState(root)
+    if old is not None:
+        state.step, state.micro_batch = old.step, old.micro_batch
+    # Not nn.Module.__setattr__: some models refuse or register what they do not know.
+    root.__dict__["_quartet_state"] = state
+    return state
+
+
+def forget(root: nn.Module) -> None:
+    """Drop the states of a model whose layers are plain again."""
+    for module in root.modules():
+        module.__dict__.pop("_quartet_state", None)
+
+
+def _seed_device(weight: Tensor) -> torch.device:
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+_warned = False
+
+
+def _warn_step_never_set(layer: QuartetLinear) -> None:
+    """Once in a process: without a step, every backward draws the same signs."""
+    global _warned
+    config = layer.quartet_config
+    random = config.backward_dtype == "mxfp4" and (
+        config.randomize_backward or config.backward_rounding == "stochastic"
+    )
+    if _warned or not layer.training or not random:
+        return
+    _warned = True
+    warnings.warn(
+        "A QuartetLinear runs in training mode, but its step was never set, so every backward draws the same random "
+        "bits: use QuartetQAT or QuartetPrecision, or call set_quartet_step(model, step) before each forward.",
+        stacklevel=3,
+    )
