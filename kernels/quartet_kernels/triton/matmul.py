@@ -1,4 +1,4 @@
-"""Portable GEMM over packed MXFP4 operands, and the kernels around it: unrotate, dequantize, expand.
+"""Portable GEMM over packed MXFP4 operands, and the kernels around it: unrotate, dequantize.
 
     y = alpha * A @ B.T (+ bias), then zero where the clip mask is 0, then v @ H.T * g**-0.5 per block of g columns.
 
@@ -11,16 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))  # the interpreter multiplies bf16 as integers: use float32
+from .common import INTERPRET
 
+PACKED_TILES = {9: (128, 128, 64), 10: (128, 128, 64)}
+"""(BLOCK_M, BLOCK_N, BLOCK_K) of the packed GEMM by major compute capability (MI300 and MI350 say 9); 8 warps each."""
+SMALL_PACKED_TILE = (64, 128, 64)  # elsewhere accumulators and operands are both in registers: the larger tile spills
 
 
 @triton.jit
 def decode_codes(codes, factors):
     """Values of 4-bit codes (integers 0..15) times `factors` (float32, same shape), exact in float32.
 
-    The index, moved to the top of a float32 mantissa and the bottom of its exponent, is the magnitude times 2^-126, also
-    for 0.5, which lands on a subnormal.
+    The index, moved to the top of a float32 mantissa and the bottom of its exponent, is the magnitude times 2^-126;
+    0.5 lands on a subnormal.
     """
     wide = codes.to(tl.uint32)
     bits = ((wide & 7) << 22) | ((wide & 8) << 28)
@@ -107,7 +110,7 @@ def finish(
 ):  # fmt: skip
     """The common epilogue: bias, clip mask, inverse rotation of float32 v [ROWS, COLS] at rows x (cols_start + ...).
 
-    `rows` is int64. G = 0 means no rotation. Columns beyond N hold whatever; N is a multiple of G, so no block mixes them in.
+    `rows` is int64. G = 0 means no rotation. Columns beyond N hold anything: N is a multiple of G, no block mixes them in.
     """
     COLS: tl.constexpr = v.shape[1]
     if BIAS:
@@ -150,7 +153,7 @@ def packed_matmul_kernel(
     rows_in = rows < M
     cols_in = cols < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Triton 3.6 waits after every wgmma of a loop that it cannot prove to run; the assumption must be on this expression.
+    # Triton 3.6 waits after every wgmma of a loop that it cannot prove to run; assume it of this very expression.
     tl.assume(tl.cdiv(K, BLOCK_K) > 0)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
         a_even, a_odd = decode_tile(a_ptr, a_scales_ptr, rows, rows_in, k * BLOCK_K, K, BLOCK_M, BLOCK_K, DTYPE)
@@ -195,63 +198,22 @@ def dequantize_kernel(codes_ptr, scales_ptr, out_ptr, M, K, BLOCK_M: tl.constexp
     tl.store(out_ptr + rows[:, None] * K + cols[None, :], value, mask=inside)
 
 
-@triton.jit
-def fp8_bytes(codes, exponents):
-    """E5M2 bytes of code * 2^exponent, ties to even; exact for exponents -15..13, which must not be exceeded upwards.
-
-    Through float16, whose top byte is E5M2: what float16 cannot hold is far below E5M2's smallest half step.
-    """
-    factors = ((tl.maximum(exponents, -64) + 127) << 23).to(tl.float32, bitcast=True)
-    half = decode_codes(codes, factors).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return ((half + 0x7F + ((half >> 8) & 1)) >> 8).to(tl.uint8)
-
-
-@triton.jit(do_not_specialize=["M"])
-def expand_kernel(codes_ptr, scales_ptr, out_ptr, row_scale_ptr, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """FP8 E5M2 bytes out u8 [M, K] and float32 row_scale [M]: two passes over the packed rows, BLOCK_M rows a program."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_in = rows < M
-    pairs = tl.arange(0, BLOCK_K // 2)
-    groups = tl.arange(0, BLOCK_K // 32)
-    top = tl.zeros((BLOCK_M,), tl.int32) - 1  # largest scale byte of a group with a non-zero code
-    largest = tl.zeros((BLOCK_M,), tl.int32)  # largest scale byte: 255 marks a row with a non-finite group
-    for start in range(0, K, BLOCK_K):
-        codes_in = rows_in[:, None] & (start // 2 + pairs < K // 2)[None, :]
-        scales_in = rows_in[:, None] & (start // 32 + groups < K // 32)[None, :]
-        codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + start // 2 + pairs[None, :], mask=codes_in, other=0)
-        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + start // 32 + groups[None, :], mask=scales_in, other=0)
-        byte = scales.to(tl.int32)
-        used = tl.max((codes & 0x77).to(tl.int32).reshape(BLOCK_M, BLOCK_K // 32, 16), axis=2) != 0
-        top = tl.maximum(top, tl.max(tl.where(used & (byte != 255), byte, -1), axis=1))
-        largest = tl.maximum(largest, tl.max(byte, axis=1))
-    base = tl.maximum(top, 14)  # E = base - 127 >= -113, so that the row's scale 2^(E - 13) is a normal number
-    row_scale = ((base - 13) << 23).to(tl.float32, bitcast=True)
-    row_scale = tl.where(top < 0, 1.0, row_scale)
-    row_scale = tl.where(largest == 255, float("nan"), row_scale)
-    tl.store(row_scale_ptr + rows, row_scale, mask=rows_in)
-    for start in range(0, K, BLOCK_K):
-        codes_in = rows_in[:, None] & (start // 2 + pairs < K // 2)[None, :]
-        scales_in = rows_in[:, None] & (start // 32 + groups < K // 32)[None, :]
-        codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + start // 2 + pairs[None, :], mask=codes_in, other=0)
-        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + start // 32 + groups[None, :], mask=scales_in, other=0)
-        byte = scales.to(tl.int32)
-        exponents = spread_groups(tl.where(byte == 255, -64, byte - base[:, None] + 13), BLOCK_M, BLOCK_K // 32, 16)
-        value = tl.interleave(fp8_bytes(codes & 15, exponents), fp8_bytes(codes >> 4, exponents))
-        cols = start + tl.arange(0, BLOCK_K)
-        inside = rows_in[:, None] & (cols < K)[None, :]
-        tl.store(out_ptr + rows[:, None] * K + cols[None, :], value, mask=inside)
+def packed_tile(device: torch.device) -> tuple[int, int, int]:
+    """The tile of the packed GEMM on a device; the interpreter takes the larger one, since it pays by the operation."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return PACKED_TILES.get(major, SMALL_PACKED_TILE)
 
 
 def epilogue_arguments(
-    bias: torch.Tensor | None, mask: torch.Tensor | None, rotation: torch.Tensor | None, placeholder: torch.Tensor,
+    bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None, placeholder: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> tuple[dict[str, object], dict[str, object]]:  # fmt: skip
     """Run-time and constexpr arguments of `finish`; a pointer that is not read gets the placeholder."""
-    group = 0 if rotation is None else rotation.shape[0]
+    group = 0 if matrix is None else matrix.shape[0]
     runtime = {
         "bias_ptr": placeholder if bias is None else bias.contiguous(),
         "mask_ptr": placeholder if mask is None else mask.contiguous(),
-        "rotation_ptr": placeholder if rotation is None else rotation.contiguous(),
+        "rotation_ptr": placeholder if matrix is None else matrix.contiguous(),
         "rotation_scale": float(group) ** -0.5 if group else 1.0,
     }
     constant = {
@@ -264,19 +226,19 @@ def epilogue_arguments(
 
 
 def empty_product(
-    M: int, N: int, bias: torch.Tensor | None, mask: torch.Tensor | None, rotation: torch.Tensor | None,
+    M: int, N: int, bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None,
     out_dtype: torch.dtype, device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
     """The product over no elements (K = 0): zeros, or the bias put through the epilogue."""
     if bias is None:
         return torch.zeros((M, N), dtype=out_dtype, device=device)
     acc = bias.to(torch.float32).expand(M, N).contiguous()
-    return unrotate(acc, alpha=1.0, mask=mask, rotation=rotation, out_dtype=out_dtype)
+    return unrotate(acc, alpha=1.0, mask=mask, matrix=matrix, out_dtype=out_dtype)
 
 
 def matmul(
     a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, alpha: float,
-    bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, matrix: torch.Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """alpha * A @ B.T (+ bias) of packed MXFP4 operands, with the backward's epilogue.
@@ -287,7 +249,7 @@ def matmul(
         alpha: product of the operands' factors.
         bias: [N], any floating dtype, or None.
         mask: int32 [M, N/32] or None; where bit i of a word is 0, element i of the group becomes 0 (NaN too).
-        rotation: H, [g, g] of +-1, or None; v becomes v @ H.T * g**-0.5 per block of g columns, after the mask.
+        matrix: H, float32 [g, g] of +-1, or None; v becomes v @ H.T * g**-0.5 per block of g columns, after the mask.
         out_dtype: float32, bfloat16 or float16; rounded once, from float32.
 
     Returns:
@@ -295,27 +257,28 @@ def matmul(
     """
     M, N, K = a.shape[0], b.shape[0], a.shape[1] * 2
     if M == 0 or N == 0 or K == 0:
-        return empty_product(M, N, bias, mask, rotation, out_dtype, a.device)
+        return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(bias, mask, rotation, out, out_dtype)
-    grid = (triton.cdiv(M, 128) * triton.cdiv(N, 128),)
+    runtime, constant = epilogue_arguments(bias, mask, matrix, out, out_dtype)
+    block_m, block_n, block_k = packed_tile(a.device)
+    grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
     packed_matmul_kernel[grid](
         a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out, alpha=float(alpha),
         M=M, N=N, K=K, **runtime, **constant,
-        BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
 
 def unrotate(
-    acc: torch.Tensor, *, alpha: float, mask: torch.Tensor | None, rotation: torch.Tensor | None, out_dtype: torch.dtype
+    acc: torch.Tensor, *, alpha: float, mask: torch.Tensor | None, matrix: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """The epilogue of `matmul` on a float32 accumulator [M, N] that another GEMM made; returns [M, N] of out_dtype."""
     M, N = acc.shape
     out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
     if out.numel() == 0:
         return out
-    runtime, constant = epilogue_arguments(None, mask, rotation, out, out_dtype)
+    runtime, constant = epilogue_arguments(None, mask, matrix, out, out_dtype)
     del runtime["bias_ptr"], constant["BIAS"]
     grid = (triton.cdiv(M, 64) * triton.cdiv(N, 128),)
     unrotate_kernel[grid](
@@ -336,22 +299,3 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype)
         codes.contiguous(), scales.contiguous(), out, M=M, K=K, BLOCK_M=32, BLOCK_K=256, num_warps=4
     )
     return out
-
-
-def expand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 operand of packed [M, K/2], [M, K/32]: float8_e5m2 [M, K] and float32 [M], value = FP8 * row scale.
-
-    The row's exponent E is the largest of its groups with a non-zero code, at least -113; the scale is 2^(E - 13). Groups
-    more than 28 binades below E round to nearest even. A row without a non-zero code has scale 1, a row with a byte 255
-    has scale NaN; the FP8 bytes are always finite.
-    """
-    M, K = codes.shape[0], codes.shape[1] * 2
-    out = torch.empty((M, K), dtype=torch.float8_e5m2, device=codes.device)
-    row_scale = torch.ones(M, dtype=torch.float32, device=codes.device)
-    if out.numel() == 0:
-        return out, row_scale
-    expand_kernel[(triton.cdiv(M, 8),)](
-        codes.contiguous(), scales.contiguous(), out.view(torch.uint8), row_scale, M=M, K=K,
-        BLOCK_M=8, BLOCK_K=512, num_warps=4,
-    )  # fmt: skip
-    return out, row_scale

@@ -1,0 +1,200 @@
+"""GEMM over FP8 E5M2 operands that hold MXFP4 values exactly relative to one power of two a row (Hopper, Ada).
+
+    y = alpha * (A @ B.T) * a_scale[:, None] * b_scale[None, :] (+ bias), then the epilogue of the packed GEMM.
+
+Hopper: a persistent kernel, one program a multiprocessor, operands and output through TMA descriptors made on the host
+(so no allocator is needed in autograd's threads). Pointer loads elsewhere: Ada, and operands or outputs that are not
+aligned to 16 bytes. Tiles come from a fixed table: the same shapes give the same bits, on every run.
+
+Hopper's FP8 tensor cores keep about 14 bits of a sum. `accumulation="precise"` adds them up in float32 every 128
+elements of K, which makes ordinary data exact; "fast" never does.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .matmul import empty_product, epilogue_arguments, finish, tile_of
+
+
+class Tile(NamedTuple):
+    """One row of the table: block sizes, warps, pipeline stages, and parts in which the output leaves."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    parts: int
+
+
+SHARED_BYTES = 232448
+"""Shared memory a program can have on Hopper."""
+
+
+@triton.jit
+def store_parts(
+    c_desc, v, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Scale, finish and store float32 accumulators v at (row, col), a part of the columns at a time.
+
+    Parts need less shared memory for the way out, which leaves room for a stage of operands, and fewer registers.
+    """
+    if PARTS > 1:
+        left, right = tl.split(v.reshape(v.shape[0], 2, v.shape[1] // 2).permute(0, 2, 1))
+        store_parts(
+            c_desc, left, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
+            rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2,
+        )  # fmt: skip
+        store_parts(
+            c_desc, right, row, col + v.shape[1] // 2, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr,
+            rotation_ptr, alpha, rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2,
+        )  # fmt: skip
+    else:
+        rows = (row + tl.arange(0, v.shape[0])).to(tl.int64)
+        cols = col + tl.arange(0, v.shape[1])
+        a_scale = tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)
+        b_scale = tl.load(b_scale_ptr + cols, mask=cols < N, other=0.0)
+        v = v * a_scale[:, None] * b_scale[None, :] * alpha
+        v = finish(v, rows, rows < M, col, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES)
+        c_desc.store([row, col], v.to(c_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["M"])
+def fp8_tma_kernel(
+    a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr, PRECISE: tl.constexpr, STATIC_K: tl.constexpr,
+):  # fmt: skip
+    """A [M, K], B [N, K], C [M, N] by descriptors; float32 scales [M], [N]; programs walk over the tiles."""
+    PROMOTE: tl.constexpr = BLOCK_K if PRECISE else None
+    if STATIC_K:
+        K = STATIC_K
+    tl.assume(tl.cdiv(K, BLOCK_K) > 0)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    # Flattened, the next tile's loads run during this tile's epilogue; with promotion that costs more than it gives.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not PRECISE):
+        tile_m, tile_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row = tile_m * BLOCK_M
+        col = tile_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.cdiv(K, BLOCK_K)):
+            a = a_desc.load([row, k * BLOCK_K])
+            b = b_desc.load([col, k * BLOCK_K])
+            acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=PROMOTE)
+        store_parts(
+            c_desc, acc, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
+            rotation_scale, BIAS, MASK, G, PIECES, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def fp8_pointer_kernel(
+    a_ptr, b_ptr, c_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """The same product by pointers, one tile a program."""
+    PROMOTE: tl.constexpr = BLOCK_K if PRECISE else None
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_in = rows < M
+    cols_in = cols < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Triton 3.6 waits after every wgmma of a loop that it cannot prove to run; assume it of this very expression.
+    tl.assume(tl.cdiv(K, BLOCK_K) > 0)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        depth = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = tl.load(a_ptr + rows[:, None] * K + depth[None, :], mask=rows_in[:, None] & (depth < K)[None, :], other=0.0)
+        b = tl.load(b_ptr + cols[:, None] * K + depth[None, :], mask=cols_in[:, None] & (depth < K)[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=PROMOTE)
+    a_scale = tl.load(a_scale_ptr + rows, mask=rows_in, other=0.0)
+    b_scale = tl.load(b_scale_ptr + cols, mask=cols_in, other=0.0)
+    v = acc * a_scale[:, None] * b_scale[None, :] * alpha
+    v = finish(
+        v, rows, rows_in, tile_n * BLOCK_N, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES
+    )
+    inside = rows_in[:, None] & cols_in[None, :]
+    tl.store(c_ptr + rows[:, None] * N + cols[None, :], v.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device: the number of persistent programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tma_tile(M: int, N: int, programs: int, precise: bool, group: int, out_bytes: int) -> Tile:
+    """Tile of the persistent kernel by class of shape, the same for most token counts, so that few kernels compile."""
+    if precise:
+        block_m, block_n, warps = 256, 128, 8
+    elif triton.cdiv(M, 128) * triton.cdiv(N, 256) >= programs:
+        block_m, block_n, warps = 128, 256, 8
+    else:
+        block_m, block_n, warps = 128, 128, 4
+    parts = min(4, block_n // max(group, 32))  # a part holds whole rotation blocks
+    outside = block_m * (block_n // parts) * out_bytes + group * group * 2 + 1024  # output, rotation, barriers
+    stages = min(4, (SHARED_BYTES - outside) // ((block_m + block_n) * 128))
+    return Tile(block_m, block_n, 128, warps, stages, parts)
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether TMA can read these contiguous matrices: base and row stride multiples of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Hopper and later; the interpreter has descriptors too."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def matmul(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, *, alpha: float,
+    bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, matrix: torch.Tensor | None = None,
+    out_dtype: torch.dtype, accumulation: str = "precise",
+) -> torch.Tensor:  # fmt: skip
+    """alpha * A @ B.T (+ bias) of FP8 operands with a scale a row, with the backward's epilogue.
+
+    Args:
+        a, b: float8_e5m2 [M, K] and [N, K], K a multiple of 32.
+        a_scale, b_scale: float32 [M] and [N]; NaN makes its whole row (column) NaN.
+        alpha, bias, mask, matrix, out_dtype: as in `matmul.matmul`.
+        accumulation: "fast", sums as the tensor core keeps them, or "precise", float32 every 128 elements of K.
+
+    Returns:
+        [M, N] of out_dtype.
+    """
+    M, N, K = a.shape[0], b.shape[0], a.shape[1]
+    if M == 0 or N == 0 or K == 0:
+        return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty((M, N), dtype=out_dtype, device=a.device)
+    runtime, constant = epilogue_arguments(bias, mask, matrix, a_scale, out_dtype)
+    runtime |= {"a_scale_ptr": a_scale.contiguous(), "b_scale_ptr": b_scale.contiguous(), "alpha": float(alpha)}
+    precise = accumulation == "precise"
+    if has_tma(a.device) and aligned(a, b, out):
+        programs = multiprocessors(a.device) if a.device.type == "cuda" else 4
+        tile = tma_tile(M, N, programs, precise, constant["G"], out.element_size())
+        programs = min(programs, triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n))
+        fp8_tma_kernel[(programs,)](
+            TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(b, [tile.block_n, tile.block_k]),
+            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]),
+            M=M, N=N, K=K, **runtime, **constant,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8, PARTS=tile.parts,
+            PRECISE=precise, STATIC_K=0, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out
+    grid = (triton.cdiv(M, 128) * triton.cdiv(N, 128),)
+    fp8_pointer_kernel[grid](
+        a, b, out, M=M, N=N, K=K, **runtime, **constant,
+        BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, PRECISE=precise, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return out
