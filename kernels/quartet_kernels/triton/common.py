@@ -97,10 +97,19 @@ def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.cons
 
 
 @triton.jit
+def nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def largest_bits(v):
-    """The bit field of each group's largest magnitude, int32 [R]. On integers, since a float maximum may drop a NaN."""
-    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(tl.max(bits, axis=2), axis=1)
+    """The bit field of each group's largest magnitude, int32 [R]; at least FIRST_NOT_FINITE if one is not finite."""
+    magnitude = tl.abs(v)
+    if INTERPRET:  # calls a combining function once per element, but its own maximum keeps NaN
+        largest = tl.max(tl.max(magnitude.to(tl.int32, bitcast=True), axis=2), axis=1)
+    else:
+        largest = tl.reduce(tl.reduce(magnitude, 2, nan_maximum), 1, nan_maximum).to(tl.int32, bitcast=True)
+    return largest
 
 
 @triton.jit
@@ -134,24 +143,27 @@ def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def round_nearest(magnitude, STEP: tl.constexpr):
-    """STEP times the nearest of {0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code, saturating; magnitude >= 0."""
-    # 2^22 times the power of two at or below the magnitude: adding it leaves one bit of the significand.
-    magnitude = tl.minimum(magnitude, 6.0 * STEP)
-    shift = tl.maximum(magnitude, 1.0 * STEP).to(tl.int32, bitcast=True) & 0x7F800000
-    shift = (shift + (22 << 23)).to(tl.float32, bitcast=True)
-    return (magnitude + shift) - shift
+def rounding_shift(u):
+    """What to add to |u| < 8 so that the float32 sum is rounded to the E2M1 grid (ties to even) and ends in its index.
+
+    The grid's step is 2^(e-1), with e the exponent of |u| but at least 0; it is the last bit of 2^(22+e). The index is the
+    number of steps plus 2 e: 2 e comes from the exponent field, and 4194307 = 2^22 (1 + 6 * 2^-23) makes what comes with it,
+    2 * 149 + 6, divisible by 8.
+    """
+    power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shift = (tl.maximum(power, 1.0) * 4194307.0).to(tl.int32, bitcast=True)
+    return (shift + (shift >> 22)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def indices_of(values):
-    """Indices 0..7, uint32, of {0, .5, 1, 1.5, 2, 3, 4, 6}: times 2^-126, .5 is a subnormal, and they are the leading bits."""
-    return (values * 1.1754943508222875e-38).to(tl.uint32, bitcast=True) >> 22
+LOWEST_WIDER_SHIFT = tl.constexpr(8388914.0)
+"""rounding_shift(2) = 2^23 + 306 steps of 1; less would be a step that the wider grid does not have."""
+HIGHEST_SHIFT = tl.constexpr(16777832.0)
+"""rounding_shift(4) = 2^24 + 308 steps of 2; more would be a step that the grid does not have."""
 
 
 @triton.jit
 def values_of(indices):
-    """The inverse of `indices_of`."""
+    """{0, .5, 1, 1.5, 2, 3, 4, 6} of indices 0..7: as leading bits they are 2^-126 times that, .5 a subnormal."""
     return (indices << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
 
 
@@ -160,7 +172,7 @@ def stochastic_indices(magnitude, random):
     """Indices 0..7 of magnitudes < 6: up iff (magnitude - low) / (high - low) >= (255.5 - random) / 256."""
     # 22 fraction bits below the index; under 1 the grid is uniform, and what truncation drops cannot decide.
     bits = magnitude.to(tl.uint32, bitcast=True) - (252 << 22)
-    fixed = tl.where(magnitude < 1.0, (tl.minimum(magnitude, 1.0) * 8388608.0).to(tl.int32).to(tl.uint32), bits)
+    fixed = tl.where(magnitude < 1.0, (magnitude * 8388608.0).to(tl.int32).to(tl.uint32), bits)
     return (fixed + (random << 14) + (1 << 13)) >> 22
 
 
@@ -195,40 +207,62 @@ def quantize_groups(
         u = v * per_element(power_of_two(-exponent))
     magnitude = tl.abs(u)
 
+    limit = 6.0
     if STOCHASTIC:
-        indices = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
-        values = values_of(indices)
+        rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
+        values = values_of(rounded)
+    elif METHOD == "abs_max" or RULE != "mse":
+        if METHOD == "abs_max":
+            shift = rounding_shift(u)
+            rounded = magnitude + shift
+        else:
+            clipped = tl.minimum(magnitude, 6.0)
+            shift = rounding_shift(clipped)
+            rounded = clipped + shift
+        values = rounded - shift
     else:
-        values = round_nearest(magnitude, 1)
-        if METHOD != "abs_max" and RULE == "mse":
-            # The wider grid in units of the narrower one, so both errors have one unit.
-            wider_values = round_nearest(magnitude, 2)
-            error = magnitude - values
-            wider_error = magnitude - wider_values
-            wider = group_sum(wider_error * wider_error) < group_sum(error * error)
-            wider = wider & wider_fits & (exponent < MAX_EXPONENT)
-            exponent += wider.to(tl.int32)
-            half = per_element(tl.where(wider, 0.5, 1.0))
-            values = tl.where(per_element(wider), wider_values, values) * half
-            magnitude *= half
-        indices = indices_of(values)
+        # Both candidates in units of the narrower grid, so that their errors are. The wider grid is the same from 2 to 6,
+        # has no steps of a half below and goes on to 12.
+        shift = rounding_shift(tl.minimum(magnitude, 12.0))
+        narrow_shift = tl.minimum(shift, HIGHEST_SHIFT)
+        wide_shift = tl.maximum(shift, LOWEST_WIDER_SHIFT)
+        narrow = tl.minimum(magnitude, 6.0) + narrow_shift
+        wide = tl.minimum(magnitude, 12.0) + wide_shift
+        narrow_values = narrow - narrow_shift
+        wide_values = wide - wide_shift
+        narrow_error = magnitude - narrow_values
+        wide_error = magnitude - wide_values
+        widen = group_sum(wide_error * wide_error) < group_sum(narrow_error * narrow_error)
+        widen = widen & wider_fits & (exponent < MAX_EXPONENT)
+        rounded = tl.where(per_element(widen), wide, narrow)
+        values = tl.where(per_element(widen), wide_values, narrow_values)
+        limit = per_element(tl.where(widen, 12.0, 6.0))
 
-    sign = (v.to(tl.uint32, bitcast=True) >> 28) & 8
     if codes_ptr is not None:
         shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
-        words = tl.sum((indices | sign) << shifts, axis=2)
-        words = tl.where((finite & ~zero)[:, None], words.to(tl.int32, bitcast=True), 0)
+        # Sign below the index is one funnel shift an element; digits are put in order a word at a time.
+        digits = ((rounded.to(tl.uint32, bitcast=True) << 1) | (v.to(tl.uint32, bitcast=True) >> 31)) & 15
+        words = tl.sum(digits << shifts, axis=2)
+        words = (((words >> 1) & 0x77777777) | ((words & 0x11111111) << 3)).to(tl.int32, bitcast=True)
+        if METHOD != "abs_max" and RULE == "mse":
+            # The same number has an index lower by 2 in the wider grid: subtract in each digit, modulo 8.
+            fewer = ((words | -0x77777778) - 0x22222222) & 0x77777777
+            words = tl.where(widen[:, None], fewer | (words & -0x77777778), words)
+        words = tl.where((finite & ~zero)[:, None], words, 0)
         words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(codes_ptr + words_at, words, mask=inside[:, None])
     if scales_ptr is not None:
-        byte = tl.where(finite, tl.where(zero, 0, exponent + 127), 255)
+        byte = exponent + 127
+        if METHOD != "abs_max" and RULE == "mse":
+            byte += widen.to(tl.int32)
+        byte = tl.where(finite, tl.where(zero, 0, byte), 255)
         tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
     if mask_ptr is not None:
         bits = (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)[None, :, :]
-        keep = group_sum((magnitude < 6.0).to(tl.uint32) << bits).to(tl.int32, bitcast=True)
+        keep = group_sum((magnitude < limit).to(tl.uint32) << bits).to(tl.int32, bitcast=True)
         tl.store(mask_ptr + groups, tl.where(finite, keep, -1), mask=inside)
     if data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
-        signed = (values.to(tl.uint32, bitcast=True) | (sign << 28)).to(tl.float32, bitcast=True)
+        signed = (values.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
         data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
         tl.store(data_ptr + data_at, to_bfloat16(signed * per_element(scale)), mask=inside[:, None, None])
