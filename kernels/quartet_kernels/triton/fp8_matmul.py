@@ -133,7 +133,9 @@ def multiprocessors(device: torch.device) -> int:
 
 def tma_tile(M: int, N: int, programs: int, precise: bool, group: int, out_bytes: int) -> Tile:
     """Tile of the persistent kernel by class of shape, the same for most token counts, so that few kernels compile."""
-    if precise:
+    if group == 128:
+        block_m, block_n, warps = 128, 128, 8  # larger tiles have no registers left for a block of 128 columns
+    elif precise:
         block_m, block_n, warps = 256, 128, 8
     elif triton.cdiv(M, 128) * triton.cdiv(N, 256) >= programs:
         block_m, block_n, warps = 128, 256, 8

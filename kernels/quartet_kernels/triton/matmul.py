@@ -7,6 +7,8 @@ multiplies with float32 accumulation, so the only rounding before the epilogue i
 GPU that Triton compiles for, and on CPU tensors under Triton's interpreter.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -110,7 +112,7 @@ def finish(
 ):  # fmt: skip
     """The common epilogue: bias, clip mask, inverse rotation of float32 v [ROWS, COLS] at rows x (cols_start + ...).
 
-    `rows` is int64. G = 0 means no rotation. Columns beyond N hold anything: N is a multiple of G, no block mixes them in.
+    `rows` is int64. G = 0 means no rotation. Columns beyond N hold anything: no block of G mixes them in.
     """
     COLS: tl.constexpr = v.shape[1]
     if BIAS:
@@ -207,7 +209,7 @@ def packed_tile(device: torch.device) -> tuple[int, int, int]:
 def epilogue_arguments(
     bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None, placeholder: torch.Tensor,
     out_dtype: torch.dtype,
-) -> tuple[dict[str, object], dict[str, object]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Run-time and constexpr arguments of `finish`; a pointer that is not read gets the placeholder."""
     group = 0 if matrix is None else matrix.shape[0]
     runtime = {
