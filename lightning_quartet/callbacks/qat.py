@@ -142,6 +142,10 @@ class QuartetQAT(Callback):
                 "cannot be copied; leave one of them out."
             )
         plugin = strategy.precision_plugin
+        if isinstance(plugin, _Routing):
+            raise MisconfigurationException(
+                "The Trainer has two QuartetQAT callbacks; keep one."
+            )
         if isinstance(plugin, QuartetPrecision):
             if plugin.config is not None and plugin.config != self.config:
                 raise MisconfigurationException(
@@ -181,10 +185,6 @@ class QuartetQAT(Callback):
         """
         plugin = trainer.strategy.precision_plugin
         plain = type(plugin)
-        if isinstance(plugin, _Routing):
-            raise MisconfigurationException(
-                "The Trainer has two QuartetQAT callbacks, or one Trainer's plugin is used by another; keep one."
-            )
         routed = type(f"Quartet{plain.__name__}", (_Routing, plain), {"__qualname__": plain.__qualname__})
         plugin.__class__ = routed
         plugin._quartet_callback = self  # type: ignore[attr-defined]

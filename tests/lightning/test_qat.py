@@ -1,0 +1,571 @@
+"""QuartetQAT in real Trainers: what it does when, next to every Trainer feature."""
+
+import copy
+import functools
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from toy import LateToy, Toy, assert_same, loader, make, trainer, weights
+
+import lightning_quartet.callbacks.qat as qat
+from lightning_quartet import (
+    QuartetConfig,
+    QuartetLinear,
+    QuartetPrecision,
+    QuartetQAT,
+    convert_to_quartet,
+    revert_from_quartet,
+)
+
+
+def quartet_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, QuartetLinear)]
+
+
+def fit(model: pl.LightningModule, callback: QuartetQAT | None = None, **options) -> pl.Trainer:
+    callbacks = [callback or QuartetQAT(), *options.pop("callbacks", [])]
+    t = trainer(callbacks=callbacks, **options)
+    t.fit(model)
+    return t
+
+
+# Conversion in the order of Lightning's calls ------------------------------------------------------------------------
+
+
+def test_layers_are_converted_before_optimizers_and_trained(caplog):
+    class Watching(Toy):
+        def configure_optimizers(self):
+            self.seen = quartet_names(self)
+            return super().configure_optimizers()
+
+    model = make(Watching)
+    before, parameters = weights(model), list(model.parameters())
+    with caplog.at_level(logging.INFO):
+        t = fit(model)
+    assert model.seen == ["net.0", "net.3"]
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert not any(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert sum("linear layers in MXFP4" in record.message for record in caplog.records) == 1
+    assert type(t.precision_plugin).__name__ == "Precision"  # as it was
+
+
+@pytest.mark.parametrize("other_first", [False, True])
+def test_layers_of_configure_model(other_first):
+    model = make(LateToy)
+    callbacks = [QuartetQAT()]
+    averaging = WeightAveraging()  # calls configure_model itself
+    callbacks.insert(0 if other_first else 1, averaging)
+    trainer(callbacks=callbacks).fit(model)
+    assert quartet_names(model) == ["net.0", "net.2"]
+    assert "configure_model" not in model.__dict__
+
+
+def test_layers_made_in_the_modules_setup():
+    class SetupToy(LateToy):
+        configure_model = pl.LightningModule.configure_model
+
+        def setup(self, stage: str) -> None:
+            LateToy.configure_model(self)
+
+    model = make(SetupToy)
+    fit(model)
+    assert quartet_names(model) == ["net.0", "net.2"]
+    assert len({tuple(seed) for _, _, seed in model.notes}) == 10
+
+
+def test_checkpoint_of_a_model_with_late_layers_resumes(tmp_path):
+    t = fit(make(LateToy))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    model = make(LateToy)
+    t = trainer(callbacks=[QuartetQAT()], max_epochs=2)
+    t.fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert [step for step, _, _ in model.notes] == list(range(10, 20))
+
+
+def test_fit_twice_validate_before_test_and_predict_after():
+    model = make()
+    callback = QuartetQAT()
+    t = trainer(callbacks=[callback], max_epochs=1)
+    t.validate(model, verbose=False)
+    assert quartet_names(model) == ["net.0", "net.3"]
+    t.fit(model)
+    t.fit_loop.max_epochs = 2
+    t.fit(model)
+    assert [note[2][1:] for note in model.notes] == [[step, 0] for step in range(20)]
+    expected = t.validate(model, verbose=False)[0]["val_loss"]
+    assert t.test(model, verbose=False)[0]["test_loss"] == expected
+    assert t.predict(model)[0].shape == (4, 32)
+    assert quartet_names(model) == ["net.0", "net.3"]
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    assert trainer().validate(plain, verbose=False)[0]["val_loss"] != expected
+
+
+def test_revert_on_end_gives_back_plain_layers():
+    model = make()
+    convert_to_quartet(model.net[3])  # by the user, before
+    fit(model, QuartetQAT(revert_on_end=True))
+    assert quartet_names(model) == ["net.3"]
+    assert type(model.net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("revert", [False, True])
+@pytest.mark.parametrize("model_class", [Toy, LateToy])
+def test_exception_in_the_middle_leaves_a_usable_model(error, revert, model_class):
+    class Failing(model_class):
+        fail = True
+
+        def training_step(self, batch, batch_idx):
+            if self.fail and batch_idx == 3:
+                raise error("stop")
+            return super().training_step(batch, batch_idx)
+
+    model = make(Failing)
+    t = trainer(callbacks=[QuartetQAT(revert_on_end=revert)])
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+        t.fit(model)
+    assert "configure_model" not in model.__dict__
+    assert type(t.strategy.precision_plugin) is pl.plugins.precision.Precision
+    assert bool(quartet_names(model)) != revert
+    model.fail = False
+    assert torch.isfinite(model(torch.randn(4, 32))).all()
+    fit(model)
+    assert len(model.losses) == 13
+
+
+def test_exception_in_another_callbacks_setup_undoes_everything():
+    class Bad(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise RuntimeError("bad")
+
+    model = make(LateToy)
+    t = trainer(callbacks=[QuartetQAT(revert_on_end=True), Bad()])
+    with pytest.raises(RuntimeError, match="bad"):
+        t.fit(model)
+    assert type(t.strategy.precision_plugin) is pl.plugins.precision.Precision
+    assert "configure_model" not in model.__dict__
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_step_and_micro_batch_under_accumulation():
+    model = make()
+    fit(model, accumulate_grad_batches=4, max_epochs=2)
+    # An epoch of 10 batches: 4, 4, and 2 with the step that ends an epoch.
+    expected = [[s, m] for s in range(6) for m in range(4 if s % 3 < 2 else 2)]
+    assert [note[2][1:] for note in model.notes] == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_start_and_end_step_are_exact(accumulate):
+    model = make(batches=10)
+    fit(model, QuartetQAT(start_step=2, end_step=4), accumulate_grad_batches=accumulate)
+    assert len(model.notes) == 10
+    for step, enabled, _ in model.notes:
+        assert enabled == (2 <= step < 4)
+    assert {enabled for _, enabled, _ in model.notes} == {True, False}
+
+
+def test_start_step_after_a_resume_and_in_evaluation(tmp_path):
+    t = fit(make(), QuartetQAT(start_step=15))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    model = make()
+    t = trainer(callbacks=[QuartetQAT(start_step=15)], max_epochs=2)
+    t.fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert [enabled for _, enabled, _ in model.notes] == [False] * 5 + [True] * 5
+    t.save_checkpoint(tmp_path / "b.ckpt")
+    for name, enabled in (("a", False), ("b", True)):
+        model = make()
+        trainer(callbacks=[QuartetQAT(start_step=15)]).test(model, ckpt_path=tmp_path / f"{name}.ckpt", verbose=False)
+        assert model.net[0].quartet_enabled == enabled
+
+
+def test_plain_phase_equals_a_plain_run():
+    plain, model = make(), make()
+    trainer().fit(plain)
+    fit(model, QuartetQAT(start_step=1000))
+    assert_same(plain.losses, model.losses)
+    assert_same(weights(plain), weights(model))
+
+
+def test_manual_optimization_with_two_optimizers():
+    class Manual(Toy):
+        def __init__(self):
+            super().__init__(dropout=0.0)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                self.notes.append((self.global_step, True, self.net[0]._quartet_seed.tolist()))
+                loss = self.loss(batch)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net.parameters(), 0.01), torch.optim.SGD(self.head.parameters(), 0.01)]
+
+    model = make(Manual)
+    t = fit(model)
+    assert t.global_step == 20
+    assert len({tuple(seed) for _, _, seed in model.notes}) == 20  # no two backwards share random bits
+
+
+def test_random_streams_of_the_user_do_not_move():
+    states = []
+    for callbacks in ([], [QuartetQAT("quartet_stochastic")]):
+        model = make()
+        trainer(callbacks=callbacks).fit(model)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("recipe", ["quartet", "quartet_stochastic"])
+def test_same_seed_same_run_and_another_seed_another(recipe):
+    runs = []
+    for seed in (1, 1, 2):
+        model = make()
+        fit(model, QuartetQAT(QuartetConfig.from_recipe(recipe, seed=seed)))
+        runs.append(weights(model))
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(runs[0]["net.0.weight"], runs[2]["net.0.weight"])
+
+
+# Training features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0},
+        {"overfit_batches": 2, "max_epochs": 3},
+        {"fast_dev_run": True},
+        {"callbacks": [StochasticWeightAveraging(1e-2, swa_epoch_start=1)], "max_epochs": 3},
+        {"callbacks": [WeightAveraging()], "max_epochs": 2},
+        {"callbacks": [EarlyStopping("val_loss", patience=1, min_delta=10.0)], "max_epochs": 5},
+        {"val_check_interval": 3},
+        {"barebones": True, "enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None},
+    ],
+    ids=lambda options: "-".join(options) if "callbacks" not in options else type(options["callbacks"][0]).__name__,
+)
+def test_training_feature(options):
+    model = make()
+    before = weights(model)
+    t = fit(model, **options)
+    assert quartet_names(model) == ["net.0", "net.3"]
+    assert t.global_step > 0
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert not torch.equal(before["net.0.weight"], model.net[0].weight)
+    steps = [tuple(seed[1:]) for _, _, seed in model.notes]
+    assert len(set(steps)) == len(steps)
+    if any(isinstance(c, EarlyStopping) for c in t.callbacks):
+        assert t.current_epoch < 5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_nothing(reentrant):
+    plain, checkpointed = make(), make(checkpointing=reentrant)
+    fit(plain, QuartetQAT("quartet_stochastic"), accumulate_grad_batches=2)
+    fit(checkpointed, QuartetQAT("quartet_stochastic"), accumulate_grad_batches=2)
+    assert_same(plain.losses, checkpointed.losses)
+    assert_same(weights(plain), weights(checkpointed))
+
+
+def test_learning_rate_finder_leaves_no_trace(tmp_path):
+    class Fixed(LearningRateFinder):
+        def lr_find(self, trainer, pl_module):
+            super().lr_find(trainer, pl_module)
+            self.tried = pl_module.losses.copy()
+            pl_module.losses.clear()
+            pl_module.notes.clear()
+
+    finder = Fixed(num_training_steps=5, update_attr=False)
+    model, plain = make(dropout=0.0), make(dropout=0.0)
+    fit(model, callbacks=[finder], default_root_dir=tmp_path, enable_checkpointing=True)
+    assert len(finder.tried) >= 5
+    fit(plain)
+    assert model.notes == plain.notes
+
+
+def test_batch_size_finder(tmp_path):
+    class Sized(Toy):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return loader(10, 0, self.batch_size)
+
+    model = make(Sized)
+    fit(model, callbacks=[BatchSizeFinder(max_trials=2, steps_per_trial=2)], default_root_dir=tmp_path)
+    assert model.batch_size > 2
+    assert quartet_names(model) == ["net.0", "net.3"]
+
+
+def test_weight_averaging_validates_quantised_averaged_weights():
+    model = make()
+    t = fit(model, callbacks=[WeightAveraging()], max_epochs=2)
+    average = t.callbacks[-1]._average_model or model
+    assert quartet_names(average)
+
+
+@pytest.mark.parametrize("how", ["whole", "part", "module.compile"])
+def test_models_that_were_compiled_before(how):
+    torch._dynamo.reset()
+    model = make(dropout=0.0)
+    expected = make(dropout=0.0)
+    fit(expected, limit_train_batches=3)
+    compile_ = functools.partial(torch.compile, backend="eager")
+    if how == "whole":
+        fit(compile_(model), limit_train_batches=3)
+    else:
+        if how == "part":
+            model.net = compile_(model.net)
+        else:
+            model.net.compile(backend="eager")
+        model(torch.randn(4, 32))  # compiled as nn.Linear
+        fit(model, limit_train_batches=3)
+    assert len(quartet_names(model)) == 2
+    torch.testing.assert_close(model.losses, expected.losses)
+
+
+def test_deepcopy_of_a_trained_model_trains_on():
+    model = make()
+    fit(model)
+    other = copy.deepcopy(model)
+    fit(model)
+    torch.manual_seed(1)
+    reference = copy.deepcopy(other)
+    fit(other)
+    torch.manual_seed(1)
+    fit(reference)
+    assert_same(weights(other), weights(reference))
+
+
+def test_frozen_layers_stay_and_pass_gradients():
+    model = make()
+    model.net[3].requires_grad_(False)
+    before = weights(model)
+    fit(model)
+    assert torch.equal(before["net.3.weight"], model.net[3].weight)
+    assert not torch.equal(before["net.0.weight"], model.net[0].weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_numbers_reach_the_loss(value):
+    class Poisoned(Toy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch * value if batch_idx == 2 else batch, batch_idx)
+
+    model = make(Poisoned, dropout=0.0)
+    fit(model, limit_train_batches=3)
+    assert [bool(torch.isfinite(torch.tensor(loss))) for loss in model.losses] == [True, True, False]
+
+
+def test_ddp_in_one_process():
+    model = make()
+    try:
+        fit(model, strategy="ddp", devices=1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    expected = make()
+    fit(expected)
+    torch.testing.assert_close(weights(model), weights(expected))
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+class Named(Toy):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_checkpoints_interchange_with_plain_models(tmp_path):
+    model = make(Named)
+    t = fit(model)
+    t.save_checkpoint(tmp_path / "quartet.ckpt")
+    for weights_only in (True, False):
+        state = torch.load(tmp_path / "quartet.ckpt", weights_only=weights_only)["state_dict"]
+        plain = make(Named)
+        plain.load_state_dict(state, strict=True)
+    loaded = Named.load_from_checkpoint(tmp_path / "quartet.ckpt")
+    assert type(loaded.net[0]) is nn.Linear
+    assert_same(weights(loaded), weights(model))
+
+    plain_trainer = trainer()
+    plain_trainer.fit(plain)
+    plain_trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    model = make(Named)
+    trainer(callbacks=[QuartetQAT()], max_epochs=2).fit(model, ckpt_path=tmp_path / "plain.ckpt")
+    assert [note[2][1] for note in model.notes] == list(range(10, 20))
+
+
+def test_callback_state_is_primitive_and_another_config_warns(tmp_path, recwarn):
+    t = fit(make(), QuartetQAT("quartet_stochastic"))
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["QuartetQAT"]
+    assert state["config"]["backward_rounding"] == "stochastic"
+    assert state["step"] == 9
+
+    def warnings_of(config: QuartetConfig) -> list[str]:
+        recwarn.clear()
+        trainer(callbacks=[QuartetQAT(config)], max_epochs=2).fit(make(), ckpt_path=tmp_path / "a.ckpt")
+        return [str(w.message) for w in recwarn if "another QuartetConfig" in str(w.message)]
+
+    same = QuartetConfig.from_recipe("quartet_stochastic", backend="reference", accumulation="precise")
+    assert warnings_of(same) == []
+    (message,) = warnings_of(QuartetConfig(seed=4))
+    assert "backward_rounding: 'stochastic' in the checkpoint, 'nearest' now" in message
+    assert "seed: 0" in message
+    assert "backend" not in message
+
+
+def test_truncated_checkpoint_leaves_the_model_untouched(tmp_path):
+    t = fit(make())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    data = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(data[: len(data) // 2])
+    model = make()
+    before = weights(model)
+    with pytest.raises(RuntimeError):
+        trainer(callbacks=[QuartetQAT(revert_on_end=True)]).fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert_same(before, weights(model))
+    assert type(model.net[0]) is nn.Linear
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"config": "quartett"}, ValueError, "quartett"),
+        ({"config": 4}, TypeError, "QuartetConfig"),
+        ({"modules_to_not_convert": "head"}, TypeError, "list of names"),
+        ({"start_step": -1}, ValueError, "start_step is -1"),
+        ({"start_step": 5, "end_step": 5}, ValueError, "end_step is 5"),
+        ({"master_dtype": "bfloat16"}, ValueError, "bfloat16"),
+    ],
+)
+def test_bad_argument(options, error, words):
+    with pytest.raises(error, match=words):
+        QuartetQAT(**options)
+
+
+@pytest.mark.parametrize(
+    ("callback", "model", "options", "error", "words"),
+    [
+        (QuartetQAT(modules_to_not_convert=["haed"]), Toy, {}, ValueError, "'haed'"),
+        (QuartetQAT(modules_to_not_convert=["haed"]), LateToy, {}, ValueError, "'haed'"),
+        (QuartetQAT(modules_to_not_convert=["net"]), Toy, {}, ValueError, "no linear layer"),
+        (QuartetQAT(modules_to_not_convert=["net"]), LateToy, {}, ValueError, "no linear layer"),
+        (QuartetQAT(QuartetConfig(backend="fp8")), Toy, {}, RuntimeError, "fp8"),
+        (
+            QuartetQAT("quartet"),
+            Toy,
+            {"plugins": [QuartetPrecision("32-true", "quartet_stochastic")]},
+            MisconfigurationException,
+            "only one",
+        ),
+        (
+            QuartetQAT(),
+            Toy,
+            {"plugins": [QuartetPrecision("32-true", modules_to_not_convert=["head"])]},
+            MisconfigurationException,
+            "only one",
+        ),
+    ],
+)
+def test_bad_input_is_found_before_anything_changes(monkeypatch, callback, model, options, error, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it GPU backends run on the CPU
+    model = make(model)
+    t = trainer(callbacks=[callback], **options)
+    plugin = type(t.strategy.precision_plugin)
+    with pytest.raises(error, match=words) as caught:
+        t.fit(model)
+    assert "\n" not in str(caught.value)
+    assert quartet_names(model) == []
+    assert type(t.strategy.precision_plugin) is plugin
+    assert "configure_model" not in model.__dict__
+
+
+def test_a_trainer_of_pytorch_lightning_is_refused():
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    t = pytorch_lightning.Trainer(accelerator="cpu", max_steps=1, callbacks=[QuartetQAT()], **quiet)
+    with pytest.raises(MisconfigurationException, match="import lightning.pytorch as pl"):
+        t.fit(Other(), loader(2, 0))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "callback", "others", "words"),
+    [
+        ("DeepSpeedStrategy", QuartetQAT(), [], "DeepSpeed"),
+        ("FSDPStrategy", QuartetQAT(master_dtype="float32"), [], "one dtype"),
+        ("ModelParallelStrategy", QuartetQAT(), [WeightAveraging()], "WeightAveraging does not work"),
+        ("ModelParallelStrategy", QuartetQAT(), [StochasticWeightAveraging(0.1)], "StochasticWeightAveraging"),
+    ],
+)
+def test_strategies_that_cannot_work_are_refused(monkeypatch, strategy, callback, others, words):
+    # None of them can be made without a GPU; the check goes by the class.
+    monkeypatch.setattr(qat, strategy, pl.strategies.SingleDeviceStrategy)
+    model = make()
+    with pytest.raises(MisconfigurationException, match=words):
+        trainer(callbacks=[callback, *others]).fit(model)
+    assert quartet_names(model) == []
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    class Elsewhere(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+
+    with pytest.raises(MisconfigurationException, match="None of the parameters of SGD"):
+        fit(make(Elsewhere))
+
+
+def test_two_callbacks_are_refused():
+    class Second(QuartetQAT):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="two QuartetQAT"):
+        fit(make(), callbacks=[Second()])
+
+
+def test_layers_with_another_config_keep_it_with_a_warning():
+    model = make()
+    convert_to_quartet(model, config="quartet_stochastic")
+    with pytest.warns(UserWarning, match="revert_from_quartet"):
+        fit(model, QuartetQAT("quartet"))
+    assert model.net[0].quartet_config.backward_rounding == "stochastic"
+    revert_from_quartet(model)
+    fit(model, QuartetQAT("quartet"))
+    assert model.net[0].quartet_config.backward_rounding == "nearest"
