@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from quartet_kernels.mxfp4 import decode, unpack_mask
 from quartet_kernels.rotation import rotation_matrix
 
@@ -25,7 +26,7 @@ class Case:
 def operand(
     generator: torch.Generator, rows: int, length: int, spread: int = 6, outliers: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [rows, length / 2], scales uint8 [rows, length / 32] over `spread` binades; outliers: x64 in 1 of 50."""
+    """Codes uint8 [rows, length / 2], scales uint8 [rows, length / 32] over `spread` binades; outliers: 1 in 50, x64."""
     device = generator.device
     codes = torch.randint(0, 256, (rows, length // 2), dtype=torch.uint8, generator=generator, device=device)
     low = 127 - spread // 2

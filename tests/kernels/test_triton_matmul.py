@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gemm_cases import ROUNDING, Case, make_case, operand, relative_error
+
 from quartet_kernels.mxfp4 import decode
 
 pytest.importorskip("triton")
