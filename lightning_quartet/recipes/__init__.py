@@ -1,4 +1,4 @@
-"""LightningModules, DataModules and callbacks that the YAML files in ``examples/`` name. Needs the extra ``examples``."""
+"""LightningModules, DataModules and callbacks that the YAML files in `examples/` name; needs the extra `examples`."""
 
 try:
     import matplotlib  # noqa: F401

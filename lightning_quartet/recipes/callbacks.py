@@ -104,7 +104,9 @@ class TextSample(Callback):
         """The prompt and its continuation."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TextDataModule) or data.tokenizer is None:
-            raise TypeError(f"TextSample needs a TextDataModule, which has a tokenizer; the Trainer's data is {data!r}.")
+            raise TypeError(
+                f"TextSample needs a TextDataModule, which has a tokenizer; the Trainer's data is {data!r}."
+            )
         tokenizer: Tokenizer = data.tokenizer
         separator = tokenizer.token_to_id(SEPARATOR)
         ids = [separator, *tokenizer.encode(self.prompt, add_special_tokens=False).ids]

@@ -103,7 +103,8 @@ class CausalLM(LightningModule):
         if len(self._recent) > 1:
             seconds = self._recent[-1][0] - self._recent[0][0]
             done = sum(count for _, count in self._recent) - self._recent[0][1]
-            self.log("tokens_per_second", done / seconds, prog_bar=True)
+            self.log("tokens_per_second", done / seconds)
+            self.log("tokens/s", done / seconds, prog_bar=True, logger=False)  # short enough for a progress bar
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -33,6 +33,8 @@ class PackedSequences(Dataset[Tensor]):
         return max(0, (len(self.stream) - 1) // self.sequence_length)
 
     def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends iteration
         start = index * self.sequence_length
         return self.stream[start : start + self.sequence_length + 1]
 
@@ -216,7 +218,7 @@ def _tokenizer_file(tokenizer: str) -> Path:
 
 
 def _train_tokenizer(documents: list[str], vocabulary_size: int, target: Path) -> None:
-    """Trains a byte-level BPE tokenizer and moves it to ``target`` in one step, so no half-written file is ever read."""
+    """Trains a byte-level BPE tokenizer; moved to ``target`` in one step, so no half-written file is ever read."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,94 @@
+"""The YAML files of `examples/`: each runs a few steps on a cut model, from the command line's own entry point."""
+
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_quartet.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+LANGUAGE_MODEL = ROOT / "examples" / "language_model"
+
+
+@pytest.fixture
+def short_corpus(tmp_path: Path) -> Path:
+    """The first 24 speeches, so that the tokenizer is made in a moment."""
+    text = lzma.decompress((LANGUAGE_MODEL / "sotu.txt.xz").read_bytes()).decode()
+    file = tmp_path / "sotu.txt"
+    file.write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
+    return file
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-quartet", *arguments])
+    main()
+
+
+def cut(folder: Path, corpus: Path, steps: int = 4) -> list[str]:
+    return [
+        f"--trainer.max_steps={steps}",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        f"--trainer.logger.init_args.save_dir={folder / 'runs'}",
+        "--model.init_args.config.hidden_size=64",
+        "--model.init_args.config.intermediate_size=96",
+        "--model.init_args.config.num_hidden_layers=2",
+        "--model.init_args.config.num_attention_heads=2",
+        "--model.init_args.config.num_key_value_heads=1",
+        "--model.init_args.config.vocab_size=512",
+        f"--data.init_args.path={corpus}",
+        "--data.init_args.vocabulary_size=512",
+        "--data.init_args.sequence_length=32",
+        "--data.init_args.batch_size=4",
+        f"--data.init_args.cache_dir={folder / 'cache'}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["config", "config_float32"])
+def test_language_model_runs(
+    name: str, tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "fit", "--config", str(LANGUAGE_MODEL / f"{name}.yaml"), *cut(tmp_path, short_corpus))
+    (folder,) = (tmp_path / "runs").glob("*/version_0")
+    assert (folder / "loss_curve.png").stat().st_size > 1000
+    assert (folder / "sample.txt").read_text().startswith("My fellow Americans,")
+    assert list(folder.glob("events.out.tfevents.*"))
+    shown = capsys.readouterr()
+    for metric in ("train_loss", "val_loss", "tokens/s"):
+        assert metric in shown.out + shown.err
+
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert "model.model.layers.0.mlp.gate_proj.weight" in state
+    assert all(value.is_floating_point() for value in state.values())
+    run(
+        monkeypatch,
+        "fit",
+        "--config",
+        str(LANGUAGE_MODEL / f"{name}.yaml"),
+        *cut(tmp_path, short_corpus, steps=6),
+        f"--ckpt_path={checkpoint}",
+    )
+
+
+def test_the_two_language_model_runs_differ_only_in_the_callback() -> None:
+    configs = {
+        name: yaml.safe_load((LANGUAGE_MODEL / f"{name}.yaml").read_text()) for name in ("config", "config_float32")
+    }
+    ours, plain = configs["config"], configs["config_float32"]
+    assert ours["trainer"]["callbacks"].pop(0) == {"class_path": "lightning_quartet.QuartetQAT"}
+    assert ours["trainer"]["logger"]["init_args"].pop("name") != plain["trainer"]["logger"]["init_args"].pop("name")
+    assert ours == plain
+
+
+def test_vocabulary_mismatch_is_explained(tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [a for a in cut(tmp_path, short_corpus) if "vocab_size" not in a]
+    arguments.append("--model.init_args.config.vocab_size=480")
+    with pytest.raises(ValueError, match="tokenizer has 512 tokens but the model's vocab_size is 480"):
+        run(monkeypatch, "fit", "--config", str(LANGUAGE_MODEL / "config_float32.yaml"), *arguments)

@@ -1,0 +1,76 @@
+"""Every Python block of the documents runs, every `lightning-quartet` command parses, and CI runs the README's line."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("examples/*/README.md"), *ROOT.glob("docs/**/*.md")])
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def blocks(language: str) -> list[pytest.param]:  # type: ignore[valid-type]
+    """Fenced blocks of a language; one with words after the language (```` ```python gpu ````) needs other hardware."""
+    found = []
+    for document in DOCUMENTS:
+        matches = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        name = document.relative_to(ROOT)
+        found += [pytest.param(block, id=f"{name}-{number}") for number, block in enumerate(matches)]
+    return found
+
+
+def commands() -> list[pytest.param]:  # type: ignore[valid-type]
+    found = {}
+    for block in blocks("bash"):
+        for line in block.values[0].replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words[:1] == ["lightning-quartet"] and words[1] in TRAINER_COMMANDS:
+                    found[shlex.join(words)] = words
+    return [pytest.param(words, id=name[:80]) for name, words in found.items()]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code: str, tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_quartet.__main__ import main
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*words, "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+    assert "trainer:" in capsys.readouterr().out
+
+
+def test_one_line_runs_the_main_job_and_one_passes_the_tests() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith('pip install -e ".[examples]" && lightning-quartet fit')] == [
+        'pip install -e ".[examples]" && lightning-quartet fit --config examples/language_model/config.yaml'
+    ]
+    assert [line for line in lines if line.startswith('pip install -e ".[test]" &&')] == [
+        'pip install -e ".[test]" && pytest'
+    ]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
