@@ -83,7 +83,7 @@ def test_kernels_work_without_triton_lightning_and_a_gpu() -> None:
 
 
 def test_the_callback_package_imports_without_triton_and_the_examples_extra() -> None:
-    code = BLOCK.format(blocked={"triton", "transformers", "tokenizers", "matplotlib"}) + (
+    code = BLOCK.format(blocked={"triton", "transformers", "tokenizers"}) + (
         "import lightning_quartet\nlightning_quartet.QuartetQAT()\nprint('lightning_quartet.recipes' in sys.modules)"
     )
     assert run_python(code) == "False"
