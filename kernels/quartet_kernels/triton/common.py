@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter multiplies bfloat16 as integers and rounds casts to it wrongly: compute in float64, cast by bits."""
+"""Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: there, products are float64, casts by bits."""
 
 QUEST_SCALE = tl.constexpr(0.48707976)
 MIN_EXPONENT = tl.constexpr(-126)
@@ -69,6 +69,16 @@ def load_signs(signs_ptr, seed_ptr, SIGN_ROLE: tl.constexpr):
 
 
 @triton.jit
+def to_float32(x):
+    """Exact cast; the interpreter's own loses bfloat16 subnormals."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        out = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        out = x.to(tl.float32)
+    return out
+
+
+@triton.jit
 def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.constexpr, G: tl.constexpr):
     """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; G = 0: v = x.
 
@@ -76,7 +86,7 @@ def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.cons
     block-diagonal product 0 * NaN would spoil the neighbours.
     """
     if G == 0:
-        v = x.to(tl.float32).reshape(x.shape[0] * x.shape[1] // 32, 4, 8)
+        v = to_float32(x).reshape(x.shape[0] * x.shape[1] // 32, 4, 8)
     else:
         R: tl.constexpr = x.shape[0] * x.shape[1] // 32
         index = tl.arange(0, G)
@@ -84,7 +94,7 @@ def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.cons
         if signs_ptr is not None or SIGN_ROLE is not None:
             matrix *= load_signs(signs_ptr, seed_ptr, SIGN_ROLE)[:, None]
         if INTERPRET:
-            v = tl.dot(x.to(tl.float64), matrix.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+            v = tl.dot(to_float32(x).to(tl.float64), matrix.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
             v = v.reshape(R, 4, 8)
         else:
             # A thread of a product's result holds columns 2 t, 2 t + 1 of every 8: deal the matrix's columns so that
@@ -130,7 +140,7 @@ def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
     w = v * per_element(power_of_two(-m))  # |w| < 2: squares neither overflow nor vanish
     if STATISTIC == "std":
         w -= per_element(group_sum(w) * 0.03125)
-    t = tl.sqrt_rn(group_sum(w * w) * 0.03125) * QUEST_SCALE
+    t = tl.sqrt(group_sum(w * w) * 0.03125) * QUEST_SCALE  # approximate to 2^-23 on a GPU, more than a decision needs
     bits = t.to(tl.int32, bitcast=True)
     if RULE == "floor":
         exponent = ((t * power_of_two(m) + 1e-8).to(tl.int32, bitcast=True) >> 23) - 127
@@ -230,9 +240,9 @@ def quantize_groups(
         wide = tl.minimum(magnitude, 12.0) + wide_shift
         narrow_values = narrow - narrow_shift
         wide_values = wide - wide_shift
-        narrow_error = magnitude - narrow_values
-        wide_error = magnitude - wide_values
-        widen = group_sum(wide_error * wide_error) < group_sum(narrow_error * narrow_error)
+        # (u - wide)^2 - (u - narrow)^2, without the rounding of two sums
+        gain = (narrow_values - wide_values) * (2.0 * magnitude - (narrow_values + wide_values))
+        widen = group_sum(gain) < 0
         widen = widen & wider_fits & (exponent < MAX_EXPONENT)
         rounded = tl.where(per_element(widen), wide, narrow)
         values = tl.where(per_element(widen), wide_values, narrow_values)
@@ -259,7 +269,8 @@ def quantize_groups(
         tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
     if mask_ptr is not None:
         bits = (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)[None, :, :]
-        keep = group_sum((magnitude < limit).to(tl.uint32) << bits).to(tl.int32, bitcast=True)
+        below = (magnitude - limit).to(tl.uint32, bitcast=True) >> 31  # the sign bit: magnitude < limit
+        keep = group_sum(below << bits).to(tl.int32, bitcast=True)
         tl.store(mask_ptr + groups, tl.where(finite, keep, -1), mask=inside)
     if data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
