@@ -1,11 +1,11 @@
 """The one place that decides which backend runs on a device, why, and what is missing."""
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -59,12 +59,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def _triton_modules() -> ModuleType:
-    from . import triton as package
-
-    return package
-
-
 @functools.cache
 def load_backend(name: str) -> Backend:
     """The backend of that name, whether or not a device here can run it.
@@ -79,7 +73,7 @@ def load_backend(name: str) -> Backend:
         raise ValueError(f"There is no backend {name!r}; choose one of {', '.join(map(repr, available_backends()))}.")
     if missing := _triton_missing():
         raise RuntimeError(f"Backend {name!r} {missing}; install triton or choose backend='reference'.")
-    return _triton_modules().make_backend(name)
+    return importlib.import_module(".triton.backend", __package__).make_backend(name)
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

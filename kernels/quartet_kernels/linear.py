@@ -143,7 +143,6 @@ def _constant_seed(seed: int, device: torch.device) -> Tensor:
 def _check(x: Tensor, weight: Tensor | MXFP4Tensor, bias: Tensor | None, config: QuartetConfig) -> None:
     if not isinstance(config, QuartetConfig):
         raise TypeError(f"config is a {type(config).__name__}; pass a QuartetConfig.")
-    packed = isinstance(weight, MXFP4Tensor)
     if len(weight.shape) != 2:
         raise ValueError(f"The weight has shape {tuple(weight.shape)}; it is [out_features, in_features].")
     out_features, in_features = weight.shape
@@ -154,12 +153,13 @@ def _check(x: Tensor, weight: Tensor | MXFP4Tensor, bias: Tensor | None, config:
         raise ValueError(f"in_features is {in_features}; it must be a multiple of the rotation's {group}.")
     if out_features % GROUP_SIZE or out_features == 0:
         raise ValueError(f"out_features is {out_features}; it must be a multiple of {GROUP_SIZE}.")
-    for name, tensor in (("x", x), ("weight", weight.codes if packed else weight), ("bias", bias)):
+    stored = weight.codes if isinstance(weight, MXFP4Tensor) else weight
+    for name, tensor in (("x", x), ("weight", stored), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
-        if not (packed and name == "weight") and tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):
             raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64.")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{out_features}].")
@@ -199,7 +199,8 @@ def quartet_linear(
             CUDA graph is captured.
     """
     _check(x, weight, bias, config)
-    select_backend(config.backend, x.device, x.dtype)
+    if not torch.compiler.is_compiling():  # there the operators' fake kernels ask, without being traced
+        select_backend(config.backend, x.device, x.dtype)
     out_dtype = x.dtype
     if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
@@ -228,7 +229,10 @@ def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch
         return seed.clone()
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("A CUDA graph replays one seed for ever; pass seed as an int64 [3] tensor and advance it.")
-    return _constant_seed(config.seed if seed is None else seed, device)
+    number = config.seed if seed is None else seed
+    if torch.compiler.is_compiling():
+        return torch.tensor(make_seed(number), dtype=torch.int64, device=device)
+    return _constant_seed(number, device)
 
 
 def _checked_signs(signs: Tensor, device: torch.device) -> Tensor:

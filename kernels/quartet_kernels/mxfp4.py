@@ -51,7 +51,7 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) ->
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)  # byte -> (low, high)
     elements = torch.nn.functional.embedding(codes.to(torch.int32), pairs)  # [..., K/2, 2]
     groups = elements.flatten(-2).unflatten(-1, (-1, GROUP_SIZE))
-    return (groups * scale_values(scales)[..., None]).flatten(-2).to(dtype)
+    return (groups * scale_values(scales)[..., None]).flatten(-2).to(dtype)  # exact in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,4 +96,5 @@ class MXFP4Tensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``code * scale * factor``, [..., K]; a group with scale byte 255 is NaN."""
-        return (decode(self.codes, self.scales) * self.factor).to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (decode(self.codes, self.scales, wide) * self.factor).to(dtype)

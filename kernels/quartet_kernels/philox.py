@@ -62,9 +62,9 @@ def draw_signs(seed: Tensor, role: int) -> Tensor:
     return (1 - 2 * ((word >> bits) & 1)).to(torch.float32)
 
 
-def random_bytes(seed: Tensor, role: int, groups: int) -> Tensor:
-    """One random byte an element, uint8 [groups, 32]; two blocks of Philox serve a group."""
-    blocks = torch.arange(2 * groups, device=seed.device)
+def random_bytes(seed: Tensor, role: int, first: int, groups: int) -> Tensor:
+    """One random byte an element of groups first, first + 1, ...: uint8 [groups, 32]; two Philox blocks a group."""
+    blocks = torch.arange(2 * first, 2 * (first + groups), device=seed.device)
     words = torch.stack(_words(seed, blocks, role), dim=-1)  # [2 * groups, 4] of uint32
     shifts = torch.arange(0, 32, 8, device=seed.device)
     return ((words[..., None] >> shifts) & 0xFF).to(torch.uint8).view(groups, GROUP_SIZE)

@@ -5,6 +5,8 @@ the last axis. A GEMM operand of this backend is the dequantised tensor ``code *
 Source: Quartet, arXiv 2505.14669 v4, Appendix A.1; QuEST, arXiv 2502.05003; OCP MX v1.0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ QUEST_SCALE = 0.48707976
 """2.92247856 / 6: the scale that minimises the squared error of E2M1 rounding, in standard deviations of N(0, 1)."""
 MIN_EXPONENT, MAX_EXPONENT = -126, 125
 """Bytes 1..252: every ``code * scale`` is then a finite normal float32."""
+CACHED_ELEMENTS = 1 << 18
+"""Elements that the CPU quantises at a time: some forty passes over them should stay in its cache."""
 
 Operand = tuple[Tensor, Tensor]
 
@@ -112,9 +116,8 @@ def _project(v: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, 
         exponent = _exponent(t) + m
         if config.scale_rule == "nearest":
             integer, mantissa, _ = _layout(v.dtype)
-            root = torch.tensor(2.0**0.5, dtype=torch.float32).to(v.dtype).view(integer).item()
-            field = (1 << mantissa) - 1
-            exponent = exponent + ((t.view(integer) & field) >= (root & field))
+            significand = (t.view(integer) & ((1 << mantissa) - 1)) | _power(torch.zeros_like(m), v.dtype).view(integer)
+            exponent = exponent + (significand.view(v.dtype) >= float.fromhex("0x1.6a09e6p0"))  # sqrt(2) in float32
     low = torch.where(degenerate, abs_max, exponent.clamp(MIN_EXPONENT, MAX_EXPONENT))
     u = v * _power(-low, v.dtype)[..., None]
     q = round_nearest(u)
@@ -130,15 +133,13 @@ def _project(v: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, 
     return torch.where(pick, q_high, q), torch.where(pick, u_high, u), torch.where(wider, high, low), zero, finite
 
 
-def _quantize_abs_max(v: Tensor, rounding: str, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backward's quantiser, same results as :func:`_project`: |u| < 6, so nothing clips."""
+def _quantize_abs_max(v: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward's quantiser, same results as :func:`_project`: |u| < 6, so nothing clips. Stochastic with random."""
     largest, zero, finite = _group_statistics(v)
     exponent = (_exponent(largest) - 2).clamp_(MIN_EXPONENT, MAX_EXPONENT)
     u = (v * _power(-exponent, v.dtype)[..., None]).mul_(0.75)
-    if rounding == "nearest":
-        return round_nearest(u), u, exponent, zero, finite
-    assert random is not None
-    return round_stochastic(u, random.view(u.shape)), u, exponent, zero, finite
+    q = round_nearest(u) if random is None else round_stochastic(u, random.view(u.shape))
+    return q, u, exponent, zero, finite
 
 
 def _values(q: Tensor, exponent: Tensor, finite: Tensor) -> Tensor:
@@ -163,10 +164,15 @@ def _accumulator(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _forward_groups(x: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = _accumulator(x)
-    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device)
-    return _project(rotate(x, matrix).unflatten(-1, (-1, GROUP_SIZE)), config)
+def _no_scale(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float32)
+
+
+def _by_rows(x: Tensor, function: Callable[[Tensor, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """``function(rows, index of the first)`` over blocks of x [M, K] that fit a CPU's cache, put together again."""
+    rows = max(1, CACHED_ELEMENTS // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, x.shape[0])
+    parts = [function(block, index * rows) for index, block in enumerate(x.split(rows))]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def quantize_forward(
@@ -174,34 +180,48 @@ def quantize_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Rotate and project x [M, K]: codes uint8 [M, K/2], scales uint8 [M, K/32], clip mask int32 [M, K/32] or None,
     and the GEMM operand."""
-    q, u, exponent, zero, finite = _forward_groups(x, config)
-    codes, scales = _pack(q, u, exponent, zero, finite)
-    words = None
-    if mask:
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device)
+
+    def project(rows: Tensor, _: int) -> tuple[Tensor, ...]:
+        v = rotate(_accumulator(rows), matrix).unflatten(-1, (-1, GROUP_SIZE))
+        q, u, exponent, zero, finite = _project(v, config)
+        packed = (*_pack(q, u, exponent, zero, finite), _values(q, exponent, finite))
+        if not mask:
+            return packed
         keep = (u.abs() < 6) if config.forward_method == "quest" else torch.ones_like(u, dtype=torch.bool)
-        words = pack_mask(keep.flatten(-2)).masked_fill_(~finite, -1)
-    return codes, scales, words, _values(q, exponent, finite), _no_scale(x)
+        return *packed, pack_mask(keep.flatten(-2)).masked_fill_(~finite, -1)
+
+    codes, scales, values, *words = _by_rows(x, project)
+    return codes, scales, words[0] if mask else None, values, _no_scale(x)
 
 
-def _no_scale(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.float32)
-
-
-def _backward_groups(
-    x: Tensor, signs: Tensor | None, sign_role: int | None, seed: Tensor | None, role: int, rounding: str, transpose: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = _accumulator(x)
-    if transpose:
-        x = torch.nn.functional.pad(x.t(), (0, -x.shape[0] % GROUP_SIZE)).contiguous()
+def _quantize_backward(
+    x: Tensor,
+    signs: Tensor | None,
+    sign_role: int | None,
+    seed: Tensor | None,
+    role: int,
+    rounding: str,
+    transpose: bool,
+    packed: bool,
+) -> tuple[Tensor, ...]:
     if signs is None and sign_role is not None:
         assert seed is not None
         signs = philox.draw_signs(seed, sign_role)
-    v = rotate(x, rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device), signs).unflatten(-1, (-1, GROUP_SIZE))
-    random = None
-    if rounding == "stochastic":
-        assert seed is not None
-        random = philox.random_bytes(seed, role, v.shape[0] * v.shape[1])
-    return _quantize_abs_max(v, rounding, random)
+    matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device)
+
+    def quantize(rows: Tensor, first: int) -> tuple[Tensor, ...]:
+        rows = _accumulator(rows)
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP_SIZE)).contiguous()
+        v = rotate(rows, matrix, signs).unflatten(-1, (-1, GROUP_SIZE))
+        random = None
+        if rounding == "stochastic":
+            assert seed is not None
+            random = philox.random_bytes(seed, role, first * v.shape[1], v.shape[0] * v.shape[1])
+        q, u, exponent, zero, finite = _quantize_abs_max(v, random)
+        return _pack(q, u, exponent, zero, finite) if packed else (_values(q, exponent, finite),)
+
+    return _by_rows(x.t() if transpose else x, quantize)
 
 
 def quantize_backward(
@@ -219,8 +239,8 @@ def quantize_backward(
 
     ``signs`` float32 [32] are used as given; else ``sign_role`` draws them from ``seed``; else they are +1.
     """
-    q, _, exponent, _, finite = _backward_groups(x, signs, sign_role, seed, role, rounding, transpose)
-    return _values(q, exponent, finite), _no_scale(x)
+    (values,) = _quantize_backward(x, signs, sign_role, seed, role, rounding, transpose, packed=False)
+    return values, _no_scale(x)
 
 
 def quantize_backward_packed(
@@ -234,7 +254,8 @@ def quantize_backward_packed(
     transpose: bool,
 ) -> Operand:
     """The same as :func:`quantize_backward`, as packed codes and scales."""
-    return _pack(*_backward_groups(x, signs, sign_role, seed, role, rounding, transpose))
+    codes, scales = _quantize_backward(x, signs, sign_role, seed, role, rounding, transpose, packed=True)
+    return codes, scales
 
 
 def requantize(

@@ -1,0 +1,154 @@
+"""The Triton backends as sets of functions: they differ in the operands that their GEMM reads."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..reference import Operand
+from . import fp8_matmul, matmul
+from .expand import expand as expand_fp8
+from .quantize import quantize_backward, quantize_forward
+from .requantize import requantize
+
+
+def make_backend(name: str) -> Backend:
+    """Backend ``triton`` multiplies packed operands, ``fp8`` and ``bf16`` exact copies of them in those formats."""
+    operand = {"triton": "packed", "fp8": "fp8", "bf16": "bf16"}[name]
+    multiply, expand, empty_operand = {
+        "triton": (_matmul_packed, _expand_packed, _empty_packed),
+        "fp8": (_matmul_fp8, _expand_fp8, _empty_fp8),
+        "bf16": (_matmul_dense, _expand_bf16, _empty_bf16),
+    }[name]
+    return Backend(
+        name=name,
+        quantize_forward=functools.partial(quantize_forward, operand=operand),
+        quantize_backward=functools.partial(quantize_backward, operand=operand),
+        requantize=functools.partial(_requantize, operand=operand),
+        expand=expand,
+        matmul=multiply,
+        matmul_bf16=matmul_bf16,
+        empty_operand=empty_operand,
+        packed=name == "triton",
+    )
+
+
+def _requantize(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32, **options: object) -> Operand:
+    return requantize(codes, scales, **options)  # type: ignore[arg-type]
+
+
+def _empty_packed(x: Tensor, rows: int, columns: int) -> Operand:
+    return x.new_empty(rows, columns // 2, dtype=torch.uint8), x.new_empty(rows, columns // 32, dtype=torch.uint8)
+
+
+def _empty_fp8(x: Tensor, rows: int, columns: int) -> Operand:
+    return x.new_empty(rows, columns, dtype=torch.float8_e5m2), x.new_empty(rows, dtype=torch.float32)
+
+
+def _empty_bf16(x: Tensor, rows: int, columns: int) -> Operand:
+    return x.new_empty(rows, columns, dtype=torch.bfloat16), x.new_empty(0, dtype=torch.float32)
+
+
+def _expand_packed(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
+    return codes, scales
+
+
+def _expand_fp8(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
+    return expand_fp8(codes, scales)
+
+
+def _expand_bf16(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
+    data = matmul.dequantize(codes, scales, dtype=torch.bfloat16)
+    return data, data.new_empty(0, dtype=torch.float32)
+
+
+def _matmul_packed(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulation: str = "auto",
+) -> Tensor:
+    return matmul.matmul(a, a_scale, b, b_scale, alpha=alpha, bias=bias, mask=mask, matrix=matrix, out_dtype=out_dtype)
+
+
+def _matmul_fp8(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulation: str = "auto",
+) -> Tensor:
+    if accumulation == "auto":
+        accumulation = "fast"
+    return fp8_matmul.matmul(
+        a,
+        a_scale,
+        b,
+        b_scale,
+        alpha=alpha,
+        bias=bias,
+        mask=mask,
+        matrix=matrix,
+        out_dtype=out_dtype,
+        accumulation=accumulation,
+    )
+
+
+def _dense_product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 a @ b of bfloat16 matrices."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.to(torch.float32) @ b.to(torch.float32)  # the interpreter's tensors are on the CPU
+
+
+def _matmul_dense(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    *,
+    alpha: float,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+    accumulation: str = "auto",
+) -> Tensor:
+    if mask is None and matrix is None and alpha == 1 and out_dtype == torch.bfloat16 and a.is_cuda:
+        # cuBLAS rounds its float32 accumulator once, after the bias.
+        return a @ b.t() if bias is None else torch.addmm(bias.to(out_dtype), a, b.t())
+    product = _dense_product(a, b.t())
+    if bias is not None:
+        return (product * alpha + bias.to(torch.float32)).to(out_dtype)
+    return matmul.unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
+
+
+def matmul_bf16(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    transpose: bool,
+    alpha: float,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`quartet_kernels.reference.matmul_bf16`; cuBLAS multiplies."""
+    x = x.to(torch.bfloat16)
+    product = _dense_product(x.t() if transpose else x, matmul.dequantize(codes, scales, dtype=torch.bfloat16))
+    return matmul.unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
