@@ -138,7 +138,7 @@ def _automatic(device: torch.device) -> str:
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that runs tensors of a dtype on a device; ``"auto"`` takes the fastest, and the reference for float64.
+    """The backend that runs tensors of a dtype on a device; ``"auto"`` is the fastest, or the reference for float64.
 
     Raises:
         ValueError: If there is no such backend.

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .backends import select_backend
 from .config import QuartetConfig
-from .mxfp4 import GROUP_SIZE, MXFP4Tensor, unpack_mask
+from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T, make_seed
 
 BACKWARD_FACTOR = 4 / 3

@@ -20,7 +20,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 words; four counter words, two key words, broadcast."""
+    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 words: four counter words, two key words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -57,7 +57,7 @@ def round_nearest(u: Tensor) -> Tensor:
 
 
 def round_stochastic(u: Tensor, random: Tensor) -> Tensor:
-    """One of the two grid neighbours of |u| < 6: up iff ``(|u| - low) / step >= (255.5 - random) / 256``, uint8 random."""
+    """A grid neighbour of |u| < 6: the upper one iff ``(|u| - low) / step >= (255.5 - random) / 256``, random uint8."""
     step = _binade(u).mul_(0.5)
     quotient = u.abs().div_(step)
     low = quotient.floor()
@@ -331,7 +331,7 @@ def matmul_bf16(
     matrix: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The straight-through backward: x [M, N], rounded to bfloat16, times ``code * scale`` [N, K] (or x.T times [M, K]),
+    """Straight-through backward: x [M, N], rounded to bfloat16, times ``code * scale`` [N, K] (or x.T times [M, K]),
     with the same epilogue as :func:`matmul`."""
     wide = _accumulator(x).dtype
     x = x.to(torch.bfloat16).to(wide)

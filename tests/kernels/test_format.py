@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from quartet_kernels import RECIPES, MXFP4Tensor, QuartetConfig, available_backends, quantize_mxfp4, unpack_mask
 from quartet_kernels import mxfp4 as fmt
 from quartet_kernels.backends import load_backend, select_backend

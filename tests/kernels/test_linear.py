@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+from safetensors.torch import load_file
+
 from quartet_kernels import (
     MXFP4Tensor,
     QuartetConfig,
@@ -18,7 +20,6 @@ from quartet_kernels import (
 from quartet_kernels.linear import forward_factor
 from quartet_kernels.philox import draw_signs, make_seed
 from quartet_kernels.rotation import rotation_matrix
-from safetensors.torch import load_file
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
@@ -32,7 +33,7 @@ def recorded(request):
     return {
         name: t.float() if t.is_floating_point() else t
         for name, t in load_file(CONFORMANCE / f"{request.param}.safetensors").items()
-    }  # noqa: E501
+    }
 
 
 def gradients(x, weight, config, dy, **options):

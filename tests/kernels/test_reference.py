@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from quartet_kernels import QuartetConfig, quantize_mxfp4, quartet_linear, reference, unpack_mask
 from quartet_kernels.philox import make_seed
 
@@ -88,7 +89,7 @@ def test_abs_max_never_clips_and_keeps_its_factor():
     assert torch.equal(
         tensor.dequantize(torch.float64) * 0.75,
         (nearest_even(u) * torch.exp2(exponents(tensor).double())[..., None]).flatten(-2),
-    )  # noqa: E501
+    )
 
 
 CONFIGS = [plain(**options) for options in RULES] + [plain(forward_method="abs_max")]
@@ -219,7 +220,7 @@ def test_stochastic_rounding_is_unbiased():
                 .view(8, 32, 32)
                 .double()
                 .sum(0)
-            )  # noqa: E501
+            )
         drawn = n
         deviations[n] = ((total / n - target).square().mean() / target.square().mean()).sqrt().item()
     assert deviations[64] / deviations[4096] == pytest.approx(8, rel=0.35)  # 1 / sqrt(n)

@@ -1,0 +1,98 @@
+"""Every backend computes the layer that the reference defines: forward, both gradients, packed weights."""
+
+import pytest
+import torch
+from quartet_kernels import QuartetConfig, available_backends, mxfp4_matmul, quantize_mxfp4, quartet_linear
+from quartet_kernels.philox import make_seed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [name for name, reason in available_backends(DEVICE).items() if reason.startswith("can run")]
+CONFIGS = [
+    {},
+    {"backward_rounding": "stochastic", "hadamard_group_size": 64},
+    {"forward_method": "abs_max", "transform_init": "gsr"},
+    {"backward_dtype": "bf16", "hadamard_group_size": 128},
+    {"transform_init": "identity", "statistic": "std", "scale_rule": "floor", "accumulation": "precise"},
+]
+
+
+def relative(value, expected):
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def results(backend, options, shape, dtype=torch.float32):
+    tokens, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, weight, dy, bias = (
+        torch.randn(*size, generator=generator).to(DEVICE, dtype)
+        for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs), (outputs,))
+    )
+    x[:, 3] *= 20
+    tensors = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    config = QuartetConfig(backend=backend, **options)
+    seed = torch.tensor(make_seed(5, 3, 7), device=DEVICE)
+    y = quartet_linear(*tensors, config=config, seed=seed)
+    y.backward(dy)
+    packed = quartet_linear(x.detach(), quantize_mxfp4(weight, config=config, backend=backend), bias, config=config)
+    return y.detach(), *(tensor.grad for tensor in tensors), packed.detach()
+
+
+def test_the_interpreter_offers_every_triton_backend():
+    assert set(BACKENDS) >= {"reference", "triton"}
+
+
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_equals_the_reference(backend, options):
+    shape = (70, 128, 96)
+    for name, value, expected in zip(
+        ("y", "dx", "dw", "db", "packed"),
+        results(backend, options, shape),
+        results("reference", options, shape),
+        strict=True,
+    ):
+        # On a GPU rotations sum in another order, so a code in 1e5 may differ by a step; FP8 accumulates in fewer bits.
+        assert relative(value, expected) < (2e-3 if DEVICE == "cuda" else 1e-5), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_sixteen_bit_tensors(backend):
+    for dtype in (torch.bfloat16, torch.float16):
+        for value, expected in zip(
+            results(backend, {}, (33, 64, 32), dtype), results("reference", {}, (33, 64, 32), dtype), strict=True
+        ):
+            assert value.dtype == dtype
+            assert relative(value, expected) < 2**-8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_tokens(backend):
+    x = torch.empty(0, 64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(32, 64, device=DEVICE, requires_grad=True)
+    for backward_dtype in ("mxfp4", "bf16"):
+        config = QuartetConfig(backend=backend, backward_dtype=backward_dtype)
+        quartet_linear(x, weight, config=config).sum().backward()
+        assert x.grad.shape == (0, 64)
+        assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_non_contiguous_input(backend):
+    x, dy = torch.randn(64, 40, device=DEVICE).t(), torch.randn(32, 40, device=DEVICE).t()
+    weight = torch.randn(64, 32, device=DEVICE).t()
+    outputs = []
+    for tensors in ((x, weight, dy), (x.contiguous(), weight.contiguous(), dy.contiguous())):
+        a, b = (tensor.detach().requires_grad_() for tensor in tensors[:2])
+        y = quartet_linear(a, b, config=QuartetConfig(backend=backend), seed=1)
+        y.backward(tensors[2])
+        outputs.append((y, a.grad, b.grad))
+    for first, second in zip(*outputs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_packed_matmul(backend):
+    a, b = torch.randn(33, 96, device=DEVICE), torch.randn(64, 96, device=DEVICE)
+    packed = [quantize_mxfp4(tensor, backend=backend) for tensor in (a, b)]
+    expected = packed[0].dequantize(torch.float64) @ packed[1].dequantize(torch.float64).T
+    assert relative(mxfp4_matmul(*packed, out_dtype=torch.float32, backend=backend), expected) < 1e-5
