@@ -34,7 +34,8 @@ class LossCurve(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # reading a loss waits for the device
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:  # reading a loss waits for the device
             self._note(trainer, self._train)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

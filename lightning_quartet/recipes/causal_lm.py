@@ -58,7 +58,7 @@ class CausalLM(LightningModule):
         self.learning_rate = learning_rate
         self.final_learning_rate = final_learning_rate
         self.weight_decay = weight_decay
-        self.betas = tuple(betas)
+        self.betas = (betas[0], betas[1])
         self.warmup_steps = warmup_steps
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
         self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)
