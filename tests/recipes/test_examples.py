@@ -1,6 +1,7 @@
 """The YAML files of `examples/`: each runs a few steps on a cut model, from the command line's own entry point."""
 
 import lzma
+import runpy
 import sys
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def test_language_model_runs(
         *cut(tmp_path, short_corpus, steps=6),
         f"--ckpt_path={checkpoint}",
     )
+
+
+def test_fabric_loop_learns(short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(short_corpus.parent)  # the tokenizer's cache is relative to the working folder
+    losses = runpy.run_path(str(ROOT / "examples" / "fabric_loop" / "train.py"))["main"](4, str(short_corpus))
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_the_two_language_model_runs_differ_only_in_the_callback() -> None:
