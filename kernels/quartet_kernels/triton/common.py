@@ -79,30 +79,40 @@ def to_float32(x):
 
 
 @triton.jit
-def rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE: tl.constexpr, G: tl.constexpr):
-    """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; G = 0: v = x.
-
-    Products with +-1 are exact in x's dtype, sums are float32; the factor follows in float32. Blocks are rows: in a
-    block-diagonal product 0 * NaN would spoil the neighbours.
-    """
+def load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
+    """D H, [G, G] of +-1, as :func:`rotate` takes it; None for G = 0."""
     if G == 0:
-        v = to_float32(x).reshape(x.shape[0] * x.shape[1] // 32, 4, 8)
+        matrix = None
     else:
-        R: tl.constexpr = x.shape[0] * x.shape[1] // 32
         index = tl.arange(0, G)
         matrix = tl.load(matrix_ptr + index[:, None] * G + index[None, :]).to(tl.float32)
         if signs_ptr is not None or SIGN_ROLE is not None:
             matrix *= load_signs(signs_ptr, seed_ptr, SIGN_ROLE)[:, None]
         if INTERPRET:
-            v = tl.dot(to_float32(x).to(tl.float64), matrix.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
-            v = v.reshape(R, 4, 8)
+            matrix = matrix.to(tl.float64)
         else:
-            # A thread of a product's result holds columns 2 t, 2 t + 1 of every 8: deal the matrix's columns so that
-            # these are 8 consecutive elements, and take the result back into order, which then moves nothing.
-            matrix = matrix.reshape(G, G // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(G, G)
-            v = tl.dot(x, matrix.to(x.dtype), input_precision="ieee")
-            v = v.reshape(R, 4, 4, 2).permute(0, 2, 1, 3).reshape(R, 4, 8)
-        v *= factor
+            # A thread of a product's result holds columns 2 t, 2 t + 1 of every 8: deal the columns so that these
+            # are 8 consecutive elements. Taking the result back into order then moves nothing.
+            matrix = matrix.reshape(G, G // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(G, G).to(DTYPE)
+    return matrix
+
+
+@triton.jit
+def rotate(x, matrix, factor):
+    """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; matrix None: v = x.
+
+    Products with +-1 are exact in x's dtype, sums are float32; the factor follows in float32. Blocks are rows: in a
+    block-diagonal product 0 * NaN would spoil the neighbours.
+    """
+    R: tl.constexpr = x.shape[0] * x.shape[1] // 32
+    if matrix is None:
+        v = to_float32(x).reshape(R, 4, 8)
+    elif INTERPRET:
+        v = tl.dot(to_float32(x).to(tl.float64), matrix, out_dtype=tl.float64).to(tl.float32)
+        v = v.reshape(R, 4, 8) * factor
+    else:
+        v = tl.dot(x, matrix, input_precision="ieee")
+        v = v.reshape(R, 4, 4, 2).permute(0, 2, 1, 3).reshape(R, 4, 8) * factor
     return v
 
 
@@ -175,6 +185,12 @@ HIGHEST_SHIFT = tl.constexpr(16777832.0)
 def values_of(indices):
     """{0, .5, 1, 1.5, 2, 3, 4, 6} of indices 0..7: as leading bits they are 2^-126 times that, .5 a subnormal."""
     return (indices << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def signed(values, bits):
+    """`values` >= 0, float32, with the sign that is the highest bit of uint32 `bits`."""
+    return (values.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -274,6 +290,6 @@ def quantize_groups(
         tl.store(mask_ptr + groups, tl.where(finite, keep, -1), mask=inside)
     if data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
-        signed = (values.to(tl.uint32, bitcast=True) | (v.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
+        values = signed(values, v.to(tl.uint32, bitcast=True))
         data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
-        tl.store(data_ptr + data_at, to_bfloat16(signed * per_element(scale)), mask=inside[:, None, None])
+        tl.store(data_ptr + data_at, to_bfloat16(values * per_element(scale)), mask=inside[:, None, None])

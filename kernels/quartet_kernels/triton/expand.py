@@ -9,11 +9,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET, values_of
+from .common import INTERPRET
 
 ROWS = 16 if INTERPRET.value else 4
 GROUPS = 64
 SCALES = 256
+
+
+@triton.jit
+def fp8_byte(x):
+    """E5M2 byte of float32 numbers, to nearest even, as uint32."""
+    if INTERPRET:  # casts to FP8 wrongly; E5M2 is the upper byte of float16
+        half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        byte = (half + 0x7F + ((half >> 8) & 1)) >> 8
+    else:
+        byte = x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.uint32)
+    return byte
+
+
+@triton.jit
+def permute_bytes(low, high, selectors):
+    """PTX's prmt: byte i of the result is byte number (hexadecimal digit i of the selector, 0..7) of high:low."""
+    if INTERPRET:
+        out = low * 0
+        for i in tl.static_range(4):
+            index = (selectors >> (4 * i)) & 7
+            shift = (index & 3) * 8
+            out |= (tl.where(index < 4, low >> shift, high >> shift) & 0xFF) << (8 * i)
+    else:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selectors], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
+def look_up(low, high, codes, words, SIGN_BYTES: tl.constexpr):
+    """Four FP8 bytes for the lowest four codes: the table high:low at their indices, the signs out of all eight codes."""
+    magnitudes = permute_bytes(low, high, codes & 0x7777)
+    # Odd codes have their signs on top of a byte; a shift by 4 brings those of the even ones there.
+    signs = permute_bytes(words << 4, words, words * 0 + SIGN_BYTES)
+    return magnitudes | (signs & 0x80808080)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_groups"])
@@ -21,7 +57,8 @@ def expand_kernel(
     codes_ptr, scales_ptr, data_ptr, row_scale_ptr, n_rows, n_groups,
     CHECK_CODES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x GROUPS groups of codes int32 [n_rows, n_groups, 4], scales uint8 [n_rows, n_groups] to data uint8."""
+    """ROWS x GROUPS groups of codes int32 [n_rows, n_groups, 4], scales uint8 [n_rows, n_groups] to data int32
+    [n_rows, n_groups, 8], four FP8 numbers a word."""
     tiles = tl.cdiv(n_groups, GROUPS)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     tile = tl.program_id(0) % tiles
@@ -59,18 +96,15 @@ def expand_kernel(
 
     # Far below the span everything rounds to 0, which is also what the codes of a non-finite group become.
     exponent = tl.where(byte == 255, -100, tl.maximum(byte - largest[:, None] + 13, -100))
-    factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)[:, :, None, None]
-    codes = words[:, :, :, None] >> (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, None, :]
-    values = values_of(codes & 7) * factor
-    values = (values.to(tl.uint32, bitcast=True) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
-    if INTERPRET:
-        # E5M2 is the upper byte of float16: round its lower byte away, to nearest even.
-        half = values.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        data = ((half + 0x7F + ((half >> 8) & 1)) >> 8).to(tl.uint8)
-    else:
-        data = values.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    data_at = (words_at * 8)[:, :, :, None] + tl.arange(0, 8)[None, None, None, :]
-    tl.store(data_ptr + data_at, data, mask=inside[:, :, None, None])
+    factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    low = ((fp8_byte(0.5 * factor) << 8) | (fp8_byte(factor) << 16) | (fp8_byte(1.5 * factor) << 24))[:, :, None]
+    high = fp8_byte(2.0 * factor) | (fp8_byte(3.0 * factor) << 8)
+    high = (high | (fp8_byte(4.0 * factor) << 16) | (fp8_byte(6.0 * factor) << 24))[:, :, None]
+    low = tl.broadcast_to(low, (ROWS, GROUPS, 4))
+    high = tl.broadcast_to(high, (ROWS, GROUPS, 4))
+    data = tl.join(look_up(low, high, words, words, 0x5140), look_up(low, high, words >> 16, words, 0x7362))
+    data_at = (words_at * 2)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
+    tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, :, None, None])
 
 
 def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[Tensor, Tensor]:
@@ -87,7 +121,7 @@ def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[
     row_scale = torch.empty(rows, dtype=torch.float32, device=codes.device)
     if rows > 0:
         expand_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(groups, GROUPS),)](
-            codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.uint8), row_scale, rows, groups,
+            codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.int32), row_scale, rows, groups,
             CHECK_CODES=check_codes, ROWS=ROWS, GROUPS=GROUPS, SCALES=SCALES, num_warps=4,
         )  # fmt: skip
     return data, row_scale

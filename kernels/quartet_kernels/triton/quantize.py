@@ -16,56 +16,60 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import INTERPRET, quantize_groups, rotate_blocks
+from .common import INTERPRET, load_rotation, quantize_groups, rotate
 from .expand import expand
 
 Operand = tuple[Tensor, Tensor]
 
-GROUPS_PER_PROGRAM = 2048 if INTERPRET.value else 256  # the interpreter's cost is per operation, not per element
+GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
 TRANSPOSED_TOKENS = 128
 TRANSPOSED_FEATURES = 128 if INTERPRET.value else 64
 NUM_WARPS = 4
+STAGES = 3
+TRANSPOSED_STAGES = 1  # copied ahead, a tile could only be transposed element by element
+PROGRAMS = 4  # a multiprocessor
 
 
 @triton.jit(do_not_specialize=["n_groups"])
 def quantize_rows_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, n_groups, factor, row_stride,
     K: tl.constexpr, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """R consecutive groups of x [M, K], taken as one row-major sequence of n_groups = M K / 32."""
+    """Tiles of R consecutive groups of x [M, K], taken as one row-major sequence of n_groups = M K / 32."""
     WIDTH: tl.constexpr = 32 if G == 0 else G
-    BLOCKS: tl.constexpr = R * 32 // WIDTH
-    first = tl.program_id(0).to(tl.int64) * R
-    left = n_groups - first  # groups from here to the end
-    block = tl.arange(0, BLOCKS)
+    block = tl.arange(0, R * 32 // WIDTH)
     column = tl.arange(0, WIDTH)
-    if CONTIGUOUS:
-        x_at = block[:, None] * WIDTH + column[None, :]
-        x_ptr += first * 32
-    else:
-        index = first + block * (WIDTH // 32)
-        row = index // (K // 32)
-        x_at = (row * row_stride + (index - row * (K // 32)) * 32)[:, None] + column[None, :]
-    x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
-    v = rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE, G)
     local = tl.arange(0, R)
-    quantize_groups(
-        v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, METHOD, RULE, STOCHASTIC, ROLE
-    )
+    matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, G, x_ptr.dtype.element_ty)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_groups, R), tl.num_programs(0), num_stages=STAGES):
+        first = tl.cast(tile, tl.int64) * R
+        left = n_groups - tile * R  # groups from here to the end
+        if CONTIGUOUS:
+            x_at = first * 32 + (block[:, None] * WIDTH + column[None, :])
+        else:
+            index = tile * R + block * (WIDTH // 32)
+            row = index // (K // 32)
+            x_at = (row.to(tl.int64) * row_stride + (index - row * (K // 32)) * 32)[:, None] + column[None, :]
+        x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
+        v = rotate(x, matrix, factor)
+        quantize_groups(
+            v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+            METHOD, RULE, STOCHASTIC, ROLE,
+        )  # fmt: skip
 
 
 @triton.jit
 def quantize_transposed_tile(
-    x, first_token, first_feature, n_tokens, n_features, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr,
-    factor, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
+    x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
     """Quantise a tile x [tokens, features] along its tokens into the operand [n_features, n_tokens padded to 32]."""
     TOKENS: tl.constexpr = x.shape[0]
     FEATURES: tl.constexpr = x.shape[1]
     GROUPS: tl.constexpr = TOKENS // 32
     x = x.reshape(GROUPS, 32, FEATURES).permute(2, 0, 1).reshape(FEATURES * GROUPS, 32)
-    v = rotate_blocks(x, matrix_ptr, signs_ptr, seed_ptr, factor, SIGN_ROLE, 32)
+    v = rotate(x, matrix, factor)
     local = tl.arange(0, FEATURES * GROUPS)
     feature = first_feature + local // GROUPS
     token_group = first_token // 32 + local % GROUPS
@@ -81,20 +85,31 @@ def quantize_transposed_tile(
 def quantize_columns_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features, factor, row_stride,
     STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x [n_tokens, n_features], read along its rows, quantised along its columns."""
+    """Tiles of x [n_tokens, n_features], read along its rows, quantised along its columns."""
+    matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, x_ptr.dtype.element_ty)
     tiles = tl.cdiv(n_features, FEATURES)
-    first_token = tl.program_id(0) // tiles * TOKENS
-    first_feature = tl.program_id(0) % tiles * FEATURES
-    token = first_token + tl.arange(0, TOKENS)
-    feature = first_feature + tl.arange(0, FEATURES)
-    x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
-    x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
-    quantize_transposed_tile(
-        x, first_token, first_feature, n_tokens, n_features, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr,
-        data_ptr, factor, STOCHASTIC, ROLE, SIGN_ROLE,
-    )  # fmt: skip
+    for tile in tl.range(
+        tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES
+    ):
+        first_token = tile // tiles * TOKENS
+        first_feature = tile % tiles * FEATURES
+        token = first_token + tl.arange(0, TOKENS)
+        feature = first_feature + tl.arange(0, FEATURES)
+        x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
+        x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
+        quantize_transposed_tile(
+            x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
+            data_ptr, STOCHASTIC, ROLE,
+        )  # fmt: skip
+
+
+def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
+    """Grid of a kernel whose programs walk over tiles: no more than fit the device at once."""
+    if device.type == "cpu":
+        return (tiles,)
+    return (min(tiles, torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor),)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -113,7 +128,9 @@ def empty_codes(rows: int, columns: int, device: torch.device) -> tuple[Tensor, 
     return codes, torch.empty(rows, columns // 32, dtype=torch.uint8, device=device)
 
 
-def empty_operand(rows: int, columns: int, operand: str, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def empty_operand(
+    rows: int, columns: int, operand: str, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(codes, scales, data) that a backward quantiser writes for an operand format; None where it writes none."""
     if operand == "bf16":
         return None, None, torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
@@ -124,7 +141,8 @@ def finish_operand(codes: Tensor | None, scales: Tensor | None, data: Tensor | N
     """The (data, scale) pair that a GEMM reads, from what a quantiser wrote."""
     if data is not None:
         return data, torch.empty(0, dtype=torch.float32, device=data.device)
-    assert codes is not None and scales is not None
+    assert codes is not None
+    assert scales is not None
     return expand(codes, scales, check_codes=False) if operand == "fp8" else (codes, scales)
 
 
@@ -177,10 +195,11 @@ def _launch_rows(
     if n_groups == 0:
         return
     width = 0 if matrix is None else matrix.shape[0]
-    per_program = min(GROUPS_PER_PROGRAM, max(256, triton.next_power_of_2(n_groups)))
-    quantize_rows_kernel[(triton.cdiv(n_groups, per_program),)](
+    # A product needs 64 rows for the tensor cores of Hopper.
+    tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(n_groups)), 64 * max(width, 64) // 32)
+    quantize_rows_kernel[programs(triton.cdiv(n_groups, tile), x.device, PROGRAMS)](
         x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, _factor(max(width, 1)), x.stride(0),
-        K=x.shape[1], CONTIGUOUS=x.is_contiguous(), G=width, R=per_program, num_warps=NUM_WARPS, **constants,
+        K=x.shape[1], CONTIGUOUS=x.is_contiguous(), G=width, R=tile, STAGES=STAGES, num_warps=NUM_WARPS, **constants,
     )  # fmt: skip
 
 
@@ -206,7 +225,7 @@ def quantize_backward(
     stochastic = rounding == "stochastic"
     matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device, x.dtype)
     sign_role = sign_role if signs is None else None
-    constants = dict(STOCHASTIC=stochastic, ROLE=role if stochastic else 0, SIGN_ROLE=sign_role)
+    constants = {"STOCHASTIC": stochastic, "ROLE": role if stochastic else 0, "SIGN_ROLE": sign_role}
     if not transpose:
         codes, scales, data = empty_operand(rows, columns, operand, x.device)
         _launch_rows(x, matrix, signs, seed, codes, scales, None, data, METHOD="abs_max", RULE=None, **constants)
@@ -214,8 +233,9 @@ def quantize_backward(
     codes, scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, x.device)
     if x.numel() > 0:
         tiles = triton.cdiv(rows, TRANSPOSED_TOKENS) * triton.cdiv(columns, TRANSPOSED_FEATURES)
-        quantize_columns_kernel[(tiles,)](
-            x, matrix, signs, seed, words(codes), scales, data, rows, columns, _factor(BACKWARD_GROUP_SIZE), x.stride(0),
-            TOKENS=TRANSPOSED_TOKENS, FEATURES=TRANSPOSED_FEATURES, num_warps=NUM_WARPS, **constants,
+        quantize_columns_kernel[programs(tiles, x.device, PROGRAMS)](
+            x, matrix, signs, seed, words(codes), scales, data, rows, columns, _factor(BACKWARD_GROUP_SIZE),
+            x.stride(0), TOKENS=TRANSPOSED_TOKENS, FEATURES=TRANSPOSED_FEATURES, STAGES=TRANSPOSED_STAGES,
+            num_warps=NUM_WARPS, **constants,
         )  # fmt: skip
     return finish_operand(codes, scales, data, operand)
