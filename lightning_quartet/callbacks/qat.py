@@ -24,7 +24,8 @@ from quartet_kernels import QuartetConfig
 from quartet_kernels.backends import select_backend
 
 _STATE_VERSION = 1
-_NOT_NUMERICS = ("backend", "accumulation")  # how it is computed, not what: may change between runs
+# How it is computed or kept, not what: may change between runs.
+_NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
 
 
 class QuartetQAT(Callback):
@@ -200,7 +201,11 @@ class QuartetQAT(Callback):
 
     def _convert(self, module: nn.Module, complete: bool) -> None:
         before = {layer for layer in module.modules() if isinstance(layer, QuartetLinear)}
-        report = convert(module, self.config, self.modules_to_not_convert, complete=complete)
+        try:
+            report = convert(module, self.config, self.modules_to_not_convert, complete=complete)
+        except (TypeError, ValueError):
+            revert(module, self._converted)  # found late: layers that were there in setup are converted already
+            raise
         self._converted += [
             layer for layer in module.modules() if isinstance(layer, QuartetLinear) and layer not in before
         ]
@@ -337,4 +342,4 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
             layers += list(child.parameters(recurse=False))
         else:
             others |= set(child.parameters(recurse=False))
-    return [parameter for parameter in dict.fromkeys(layers) if parameter not in others]
+    return [p for p in dict.fromkeys(layers) if p not in others and p.is_floating_point()]
