@@ -3,6 +3,7 @@
 from lightning_quartet.callbacks import QuartetQAT
 from lightning_quartet.convert import ConversionReport, convert_to_quartet, revert_from_quartet
 from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.packed import PackedQuartetLinear, pack_quartet
 from lightning_quartet.precision import QuartetPrecision
 from quartet_kernels import QuartetConfig
 
@@ -10,11 +11,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConversionReport",
+    "PackedQuartetLinear",
     "QuartetConfig",
     "QuartetLinear",
     "QuartetPrecision",
     "QuartetQAT",
     "convert_to_quartet",
+    "pack_quartet",
     "revert_from_quartet",
     "set_quartet_step",
 ]

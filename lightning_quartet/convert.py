@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_quartet.linear import QuartetLinear, become_linear, become_quartet, forget, link, unsupported_shape
+from lightning_quartet.packed import pack_layers
 from quartet_kernels import QuartetConfig
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -152,6 +153,8 @@ def convert(
     for layer in plan.layers.values():
         become_quartet(layer, config)
     if plan.layers:
+        if not config.store_master_weights:
+            pack_layers(layer for layer in plan.layers.values() if isinstance(layer, QuartetLinear))
         _leave_fused_paths(module)
         link(module)
     return ConversionReport(

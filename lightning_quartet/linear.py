@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quartet_kernels import QuartetConfig, quartet_linear
+from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
+from quartet_kernels.reference import rotate
+from quartet_kernels.rotation import rotation_matrix
 
 
 class QuartetLinear(nn.Linear):
@@ -64,6 +66,25 @@ class QuartetLinear(nn.Linear):
         # Nothing here differs between layers of one shape for the compiler: the layer's number is inside the seed.
         return quartet_linear(input, self.weight, self.bias, config=self.quartet_config, seed=self._quartet_seed)
 
+    def quantized_weight(self) -> MXFP4Tensor:
+        """The weight as the forward multiplies it: rotated and packed, [out_features, in_features]."""
+        packed = quantize_mxfp4(self.weight, config=self.quartet_config, backend=self.quartet_config.backend)
+        assert isinstance(packed, MXFP4Tensor)  # for the type checker
+        return packed
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The quantised weight rotated back: the matrix [out_features, in_features] that an ``nn.Linear`` would hold.
+
+        It is computed in float32 and detached; it lies on no MXFP4 grid unless there is no rotation.
+        """
+        config, packed = self.quartet_config, self.quantized_weight()
+        matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, packed.codes.device)
+        with torch.no_grad():
+            return rotate(packed.dequantize(), None if matrix is None else matrix.t()).to(dtype)
+
+    def _restore_weight(self) -> None:
+        """Before the layer becomes an ``nn.Linear`` again; for a packed one, see :mod:`lightning_quartet.packed`."""
+
     def extra_repr(self) -> str:
         phase = "" if self.quartet_enabled else ", quartet_enabled=False"
         return f"{super().extra_repr()}, {self.quartet_config}{phase}"
@@ -105,6 +126,7 @@ def become_quartet(linear: nn.Linear, config: QuartetConfig) -> None:
 
 def become_linear(linear: QuartetLinear) -> None:
     """Undo :func:`become_quartet`."""
+    linear._restore_weight()
     linear.__class__ = nn.Linear  # type: ignore[assignment]
     for name in ("quartet_config", "quartet_enabled", "_quartet_step_set", "_quartet_seed"):
         del linear.__dict__[name]

@@ -20,6 +20,7 @@ from lightning_quartet import (
     revert_from_quartet,
     set_quartet_step,
 )
+from quartet_kernels.rotation import rotation_matrix
 
 CONFIGS = [
     QuartetConfig(),
@@ -138,13 +139,10 @@ def test_dequantized_weight_is_the_matrix_in_the_unrotated_basis(config):
     trained = layer(config)
     dense = trained.dequantized_weight()
     assert 0 < (dense - trained.weight).square().sum() / trained.weight.square().sum() < 0.03
-    # y of an input that the quantiser holds exactly: a multiple of a rotated one-hot vector, a +-1 vector after it.
     matrix = trained.quantized_weight().dequantize()
     if config.transform_init == "identity":
         assert torch.equal(dense, matrix)
     else:
-        from quartet_kernels.rotation import rotation_matrix
-
         h = rotation_matrix(config.transform_init, 32, torch.device("cpu")) * 32**-0.5
         expected = (matrix.double().view(96, 2, 32) @ h.double().t()).view(96, 64)
         torch.testing.assert_close(dense.double(), expected, rtol=0, atol=1e-7)
