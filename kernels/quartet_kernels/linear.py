@@ -1,6 +1,8 @@
 """The Quartet linear layer as one differentiable function: forward and backward side by side."""
 
 import functools
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -24,8 +26,13 @@ def forward_factor(config: QuartetConfig) -> float:
     return 4 / 3 if config.forward_method == "abs_max" else 1.0
 
 
-def _project(x: Tensor, config: QuartetConfig, mask: bool) -> tuple[Packed, Tensor | None, Packed]:
-    """Packed codes and scales, clip mask, and the GEMM operand of x [M, K]."""
+Projection = tuple[Packed, Tensor | None, Packed]
+"""Packed codes and scales, clip mask, and the GEMM operand of a tensor."""
+
+
+def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
+    """Rotate and quantise x [..., K], as M rows."""
+    x = x.reshape(-1, x.shape[-1])
     codes, scales, words, data, scale = ops.quantize_forward(
         x,
         config.forward_method,
@@ -40,11 +47,74 @@ def _project(x: Tensor, config: QuartetConfig, mask: bool) -> tuple[Packed, Tens
     return packed, words if mask else None, (data, scale) if data.dim() == 2 else packed
 
 
+class _LastInput(threading.local):
+    """The projection of the input that this thread's last layer read: q, k and v, or gate and up, read the same one.
+
+    It is dropped with the input. Compiled graphs need none: there, equal calls of an operator become one.
+    """
+
+    def __init__(self) -> None:
+        self.key: tuple[object, ...] = ()
+        self.source: weakref.ref[Tensor] | None = None
+        self.projection: Projection | None = None
+
+    def project(self, x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
+        key = (x._version, mask, config, torch.is_inference_mode_enabled())
+        if self.projection is None or self.source is None or self.source() is not x or self.key != key:
+            self.projection = _project(x, config, mask)
+            self.key, self.source = key, weakref.ref(x, self._forget)
+        return self.projection
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if self.source is source:
+            self.source = self.projection = None
+
+
+_last_input = _LastInput()
+
+
+class WeightWindow(threading.local):
+    """Reuse of the weights' projections between micro-batches of one optimizer step, in this thread, not compiled.
+
+    Who opens it promises to close it before weights change in ways that leave their version as it is (``.data``
+    writes, swaps of averaged weights). Closed, as at first, it reuses nothing.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self._projections: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], Projection]] = {}
+
+    def open(self, step: int) -> None:
+        """Reuse projections until the window is closed or opened for another step."""
+        if step != self.step:
+            self._projections.clear()
+        self.step = step
+
+    def close(self) -> None:
+        """Forget all projections."""
+        self.step = None
+        self._projections.clear()
+
+    def project(self, weight: Tensor, config: QuartetConfig, mask: bool) -> Projection:
+        """The weight's projection, made anew outside a window or where the weight is not what it was."""
+        if self.step is None:
+            return _project(weight, config, mask)
+        key = (weight.data_ptr(), weight._version, mask, config)
+        found = self._projections.get(id(weight))
+        if found is None or found[0]() is not weight or found[1] != key:
+            found = (weakref.ref(weight), key, _project(weight, config, mask))
+            self._projections[id(weight)] = found
+        return found[2]
+
+
+weight_window = WeightWindow()
+
+
 class _QuartetLinear(torch.autograd.Function):
     """``y = Xq Wq^T + b`` in the rotated basis; the backward is the paper's Algorithm (App. A.1, v4).
 
-    x [T, K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and clip
-    masks, 0.656 bytes an element; never x or the weight themselves.
+    x [..., K]; weight [N, K], or its packed codes and scales; y [..., N]. Saved for the backward: codes, scales and
+    clip masks, 0.656 bytes an element; never x or the weight themselves.
     """
 
     @staticmethod
@@ -61,17 +131,19 @@ class _QuartetLinear(torch.autograd.Function):
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         clips = config.forward_method == "quest"
-        x_packed, x_mask, a = _project(x, config, mask=need_dx and clips)
+        project = _project if torch.compiler.is_compiling() or x.is_inference() else _last_input.project
+        x_packed, x_mask, a = project(x, config, need_dx and clips)
         w_mask = None
         if weight is not None:
-            packed, w_mask, b = _project(weight, config, mask=need_dw and clips)
+            project = _project if torch.compiler.is_compiling() else weight_window.project
+            packed, w_mask, b = project(weight, config, need_dw and clips)
         else:
             assert packed is not None
             data, scale = ops.expand(*packed, _compute_dtype(x), config.backend)
             b = (data, scale) if data.dim() == 2 else packed
         factor = forward_factor(config)
 
-        ctx.config, ctx.x_dtype = config, x.dtype
+        ctx.config, ctx.x_dtype, ctx.x_shape = config, x.dtype, x.shape
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
@@ -82,17 +154,23 @@ class _QuartetLinear(torch.autograd.Function):
             seed,
             *(signs or (None, None)),
         )
-        return ops.matmul(
-            *a, *b, factor * factor, bias, None, "identity", GROUP_SIZE, out_dtype, config.accumulation, config.backend
+        accumulation = config.accumulation
+        if accumulation == "auto" and config.transform_init == "identity":
+            accumulation = "precise"  # without a rotation, products of one sign add up to what fast accumulation loses
+        y = ops.matmul(
+            *a, *b, factor * factor, bias, None, "identity", GROUP_SIZE, out_dtype, accumulation, config.backend
         )
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
         dx = dw = db = None
+        dy = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
             dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype, transpose=False)
+            dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             dw = _gradient(ctx.config, dy, x_codes, x_scales, w_mask, seed, signs_dw, ctx.weight_dtype, transpose=True)
         if ctx.needs_input_grad[3]:
@@ -215,9 +293,7 @@ def quartet_linear(
     if signs is not None:
         signs = (_checked_signs(signs[0], x.device), _checked_signs(signs[1], x.device))
 
-    rows = x.reshape(-1, x.shape[-1])
-    y = _QuartetLinear.apply(rows, master, packed, bias, seed, signs, config, out_dtype)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
 
 
 def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch.device) -> Tensor:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+from functorch.compile import make_boxed_func
 from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from quartet_kernels import (
     MXFP4Tensor,
@@ -17,7 +20,7 @@ from quartet_kernels import (
     reference,
     unpack_mask,
 )
-from quartet_kernels.linear import forward_factor
+from quartet_kernels.linear import forward_factor, weight_window
 from quartet_kernels.philox import draw_signs, make_seed
 from quartet_kernels.rotation import rotation_matrix
 
@@ -306,7 +309,7 @@ def test_the_users_random_streams_are_not_consumed():
 def test_saved_for_backward_is_two_thirds_of_a_byte_an_element():
     x, weight = torch.randn(512, 256, requires_grad=True), torch.randn(256, 256, requires_grad=True)
     y = quartet_linear(x, weight, config=QuartetConfig(), seed=torch.tensor([0, 0, 0]))
-    saved = sum(t.nbytes for t in y.grad_fn.next_functions[0][0].saved_tensors if t is not None)
+    saved = sum(t.nbytes for t in y.grad_fn.saved_tensors if t is not None)
     assert saved - 3 * 8 <= 0.65626 * (x.numel() + weight.numel())
 
 
@@ -419,3 +422,98 @@ def test_compiles_without_graph_break_or_recompilation(config):
         for value, expected in zip(*results, strict=True):
             assert relative(value, expected) < 1e-6
     assert counter.frame_count == 1
+
+
+def count_projections(monkeypatch):
+    from quartet_kernels import linear
+
+    calls = []
+    project = linear._project
+    monkeypatch.setattr(linear, "_project", lambda x, config, mask: calls.append(x) or project(x, config, mask))
+    return calls
+
+
+def test_layers_that_read_the_same_input_quantise_it_once(monkeypatch):
+    calls = count_projections(monkeypatch)
+    x, weights = torch.randn(2, 20, 64, requires_grad=True), [torch.randn(32, 64) for _ in range(3)]
+    config = QuartetConfig()
+    outputs = [quartet_linear(x, weight, config=config, seed=1) for weight in weights]
+    assert sum(tensor is x for tensor in calls) == 1
+    assert len(calls) == 4
+    for y, weight in zip(outputs, weights, strict=True):
+        assert torch.equal(y, quartet_linear(x.clone(), weight, config=config, seed=1))
+
+
+def test_a_changed_input_is_quantised_again(monkeypatch):
+    calls = count_projections(monkeypatch)
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    first = quartet_linear(x, weight, config=QuartetConfig())
+    x.mul_(-1)
+    assert torch.equal(quartet_linear(x, weight, config=QuartetConfig()), -first)
+    quartet_linear(x, weight, config=QuartetConfig(scale_rule="floor"))
+    assert sum(tensor is x for tensor in calls) == 3
+    with torch.inference_mode():
+        y = quartet_linear(x, weight, config=QuartetConfig())
+        x.mul_(2)  # an inference tensor has no version, and this one is none
+        assert not torch.equal(quartet_linear(x, weight, config=QuartetConfig()), y)
+
+
+def test_the_shared_projection_is_dropped_with_its_input():
+    from quartet_kernels.linear import _last_input
+
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    quartet_linear(x, weight, config=QuartetConfig())
+    assert _last_input.projection is not None
+    del x
+    assert _last_input.projection is None
+
+
+def test_compiled_layers_that_read_the_same_input_quantise_it_once():
+    torch._dynamo.reset()
+    weights = [torch.randn(32, 64) for _ in range(3)]
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def layers(x):
+        return [quartet_linear(x, weight, config=QuartetConfig()) for weight in weights]
+
+    # The partitioner that Inductor uses.
+    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
+    torch.compile(layers, fullgraph=True, backend=backend)(torch.randn(40, 64, requires_grad=True))
+    calls = [node for node in graphs[0].graph.nodes if node.target == torch.ops.quartet.quantize_forward.default]
+    assert len(calls) == 4
+
+
+def test_a_weight_is_quantised_once_while_its_window_is_open(monkeypatch):
+    calls = count_projections(monkeypatch)
+    weight = torch.randn(32, 64, requires_grad=True)
+
+    def forward():
+        return quartet_linear(torch.ones(32, 64), weight, config=QuartetConfig(), seed=1)
+
+    def quantised():
+        return sum(tensor is weight for tensor in calls)
+
+    weight_window.open(7)
+    try:
+        first = forward()
+        first.sum().backward()
+        assert torch.equal(forward(), first)
+        weight_window.open(7)
+        forward()
+        assert quantised() == 1
+        with torch.no_grad():
+            weight.mul_(-1)  # an optimizer's step
+            assert torch.equal(forward(), -first)
+        assert quantised() == 2
+        weight_window.open(8)
+        forward()
+        assert quantised() == 3
+    finally:
+        weight_window.close()
+    forward()
+    forward()
+    assert quantised() == 5

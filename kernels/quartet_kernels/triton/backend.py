@@ -12,6 +12,9 @@ from .expand import expand as expand_fp8
 from .quantize import quantize_backward, quantize_forward
 from .requantize import requantize
 
+FAST_ACCUMULATION = 16384
+"""Longest sum of rotated operands whose fast FP8 accumulation was measured to be harmless, see BENCHMARKS.md."""
+
 
 def make_backend(name: str) -> Backend:
     """Backend ``triton`` multiplies packed operands, ``fp8`` and ``bf16`` exact copies of them in those formats."""
@@ -93,7 +96,7 @@ def _matmul_fp8(
     accumulation: str = "auto",
 ) -> Tensor:
     if accumulation == "auto":
-        accumulation = "fast"
+        accumulation = "fast" if a.shape[1] <= FAST_ACCUMULATION else "precise"
     return fp8_matmul.matmul(
         a,
         a_scale,
