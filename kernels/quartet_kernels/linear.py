@@ -135,8 +135,8 @@ class _QuartetLinear(torch.autograd.Function):
         x_packed, x_mask, a = project(x, config, need_dx and clips)
         w_mask = None
         if weight is not None:
-            project = _project if torch.compiler.is_compiling() else weight_window.project
-            packed, w_mask, b = project(weight, config, need_dw and clips)
+            project_weight = _project if torch.compiler.is_compiling() else weight_window.project
+            packed, w_mask, b = project_weight(weight, config, need_dw and clips)
         else:
             assert packed is not None
             data, scale = ops.expand(*packed, _compute_dtype(x), config.backend)
