@@ -31,8 +31,8 @@ class PackedQuartetLinear(QuartetLinear):
     weight_scales: nn.Parameter
     _quartet_dtype: torch.dtype
 
-    @property  # type: ignore[override]
-    def weight(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
         return self.weight_codes
 
     def forward(self, input: Tensor) -> Tensor:
