@@ -2,8 +2,10 @@
 
 import importlib
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningCLI
 
 TOOLS = {
@@ -22,6 +24,10 @@ Tools:
 """
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the description's lines."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lightning-quartet``; returns the exit status.
 
@@ -34,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(TOOLS[arguments[0]][0]).main(arguments) or 0
     tools = "\n".join(f"  {name:<10} {text}" for name, (_, text) in TOOLS.items())
     LightningCLI(
-        args=arguments,
-        parser_kwargs={"description": _DESCRIPTION + tools, "prog": "lightning-quartet"},
+        args=None if argv is None else arguments,
+        parser_kwargs={
+            "description": _DESCRIPTION + tools,
+            "prog": "lightning-quartet",
+            "formatter_class": _HelpFormatter,
+        },
         save_config_kwargs={"overwrite": True},
     )
     return 0

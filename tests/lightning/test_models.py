@@ -20,7 +20,14 @@ def llama(**options) -> nn.Module:
 
 def bert() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=64, num_labels=3, max_position_embeddings=32, **SMALL)
+    config = transformers.BertConfig(
+        vocab_size=64,
+        num_labels=3,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SMALL,
+    )
     return transformers.BertForSequenceClassification(config)
 
 
@@ -50,7 +57,7 @@ def test_transformers_models_convert_and_learn(build, inputs, converted, kept):
     assert set(report.skipped) == kept
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
-    for step in range(8):
+    for step in range(12):
         set_quartet_step(model, step)
         loss = model(**inputs()).loss
         losses.append(loss.item())
@@ -110,7 +117,7 @@ def test_lora_adapters_are_never_converted(adapters_first):
             return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], 0.1)
 
     frozen = model.base_model.model.model.layers[0].mlp.up_proj.weight.clone()
-    trainer(callbacks=[QuartetQAT()], limit_train_batches=3).fit(make(Wrapped))
+    trainer(callbacks=[QuartetQAT()], limit_train_batches=3, limit_val_batches=0).fit(make(Wrapped))
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert len(trained) == 4
     assert all(p.any() for p in trained)
