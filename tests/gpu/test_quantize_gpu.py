@@ -1,7 +1,7 @@
 """The quantising kernels on a GPU against the reference on the same GPU.
 
-Sums of a rotation have another order there, so a number may fall on the other side of a decision: every code and scale must
-be what the reference decides for some v within 2^-20 max|x| of the float64 one, and hardly any may differ at all.
+Sums of a rotation have another order there, so a number may fall on the other side of a decision: every code and scale
+must be what the reference decides for some v within 2^-20 max|x| of the float64 one, and hardly any may differ at all.
 """
 
 import pytest
@@ -23,7 +23,7 @@ SHAPES = [(1000, 4096), (33, 96), (257, 11008)]
 
 
 def kernels():
-    """Imported late: importing a kernel file on a machine without a GPU would fix the interpreter's state for other tests."""
+    """Imported late: a kernel file decides when it is imported whether it runs in the interpreter."""
     from quartet_kernels.triton import expand, quantize, requantize
 
     return quantize.quantize_forward, quantize.quantize_backward, requantize.requantize, expand.expand
@@ -53,7 +53,9 @@ def assert_codes(codes: Tensor, scales: Tensor, v: Tensor, bound: Tensor, factor
     """Each code is the rounding of a number within the bound; scales as given."""
     exponent = scales.to(torch.int32) - 127
     unit = torch.ldexp(torch.ones_like(v[..., 0]), -exponent)[..., None] * factor
-    ours = decode(codes, scales, torch.float64).unflatten(-1, (-1, 32)) * torch.ldexp(torch.ones_like(unit), -exponent[..., None])
+    ours = decode(codes, scales, torch.float64).unflatten(-1, (-1, 32)) * torch.ldexp(
+        torch.ones_like(unit), -exponent[..., None]
+    )
     used = (scales != 255) & (scales != 0)
     low, high = rounding((v - bound) * unit), rounding((v + bound) * unit)
     inside = (low <= ours) & (ours <= high)
@@ -75,7 +77,9 @@ def test_forward(options, dtype):
         v, bound = rotated(x, rotation_matrix("hadamard", size, x.device, torch.float64))
         factor = 0.75 if config.forward_method == "abs_max" else 1.0
         assert_codes(codes, scales, v, bound, factor, reference.round_nearest)
-        assert_rare((unpack_mask(mask) != unpack_mask(expected_mask)) & (scales == expected_scales).repeat_interleave(32, -1))
+        assert_rare(
+            (unpack_mask(mask) != unpack_mask(expected_mask)) & (scales == expected_scales).repeat_interleave(32, -1)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +99,9 @@ def test_forward_without_rotation_is_exact(options, dtype):
     same = scales == expected[1]
     assert_rare(~same)
     assert same.all() or config.forward_method == "quest"
-    assert torch.equal(unpack_codes(codes).unflatten(-1, (-1, 32))[same], unpack_codes(expected[0]).unflatten(-1, (-1, 32))[same])
+    assert torch.equal(
+        unpack_codes(codes).unflatten(-1, (-1, 32))[same], unpack_codes(expected[0]).unflatten(-1, (-1, 32))[same]
+    )
     assert torch.equal(mask[same], expected[2][same])
 
 

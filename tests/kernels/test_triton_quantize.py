@@ -11,13 +11,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 if torch.cuda.is_available():
     pytest.skip("the interpreter is only used where there is no GPU: see tests/gpu", allow_module_level=True)
 
-from quartet_kernels import reference
-from quartet_kernels.config import QuartetConfig
-from quartet_kernels.mxfp4 import decode, pack_codes, unpack_codes, unpack_mask
-from quartet_kernels.philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, draw_signs, make_seed
-from quartet_kernels.triton.expand import expand
-from quartet_kernels.triton.quantize import quantize_backward, quantize_forward
-from quartet_kernels.triton.requantize import requantize
+from quartet_kernels import reference  # noqa: E402
+from quartet_kernels.config import QuartetConfig  # noqa: E402
+from quartet_kernels.mxfp4 import decode, pack_codes, unpack_codes, unpack_mask  # noqa: E402
+from quartet_kernels.philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, draw_signs, make_seed  # noqa: E402
+from quartet_kernels.triton.expand import expand  # noqa: E402
+from quartet_kernels.triton.quantize import quantize_backward, quantize_forward  # noqa: E402
+from quartet_kernels.triton.requantize import requantize  # noqa: E402
 
 RECIPES = [
     {"statistic": statistic, "scale_rule": rule}
@@ -43,7 +43,7 @@ def assert_forward(x: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor
 
 
 def edge_groups() -> Tensor:
-    """Rows of one 64-wide block each, with what is rare: zeros, ties, subnormals, huge numbers, outliers, non-finite."""
+    """Rows of 64 with what is rare: zeros, ties, subnormals, huge numbers, outliers, NaN and infinity."""
     x = randn(16, 64, seed=5)
     x[0] = 0
     x[1, :32] = -0.0
@@ -120,7 +120,9 @@ def test_abs_max_ties():
     x = torch.cat((TIES / 0.75, torch.full((23,), 0.5), torch.tensor([6.4])))[None]
     x[0, :8] = torch.tensor([1 / 3, 1.0, 5 / 3, 7 / 3, 10 / 3, 14 / 3, 20 / 3, 0.0])
     assert_forward(x, transform_init="identity", forward_method="abs_max")
-    ours = quantize_forward(x * 3, config=QuartetConfig(transform_init="identity", forward_method="abs_max"), mask=False)
+    ours = quantize_forward(
+        x * 3, config=QuartetConfig(transform_init="identity", forward_method="abs_max"), mask=False
+    )
     theirs = reference.quantize_forward(
         x * 3, config=QuartetConfig(transform_init="identity", forward_method="abs_max"), mask=False
     )
@@ -268,7 +270,10 @@ def test_requantize_reads_every_byte_and_code():
     codes = pack_codes((torch.arange(32 * 160).view(32, 160) * 7 % 16).to(torch.uint8))
     scales = torch.tensor([0, 1, 252, 254, 255], dtype=torch.uint8).repeat(32, 1)
     arguments = backward_arguments("nearest", "none")
-    ours, theirs = requantize(codes, scales, operand="bf16", **arguments), reference.requantize(codes, scales, **arguments)
+    ours, theirs = (
+        requantize(codes, scales, operand="bf16", **arguments),
+        reference.requantize(codes, scales, **arguments),
+    )
     torch.testing.assert_close(ours[0].float(), theirs[0], rtol=0, atol=0, equal_nan=True)
 
 
@@ -321,5 +326,5 @@ def test_expand_span_and_edges():
     torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
     relative = values.double() / expected_scale.double()[:, None]
     expected = relative.float().to(torch.float8_e5m2).float()  # float32 holds the quotients
-    expected[4] = (values[4] * 2.0**13).nan_to_num(0)
+    expected[4] = 0
     torch.testing.assert_close(data.float(), expected, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """What the quantising kernels share: signs, rotation, scale rules, rounding, random bits, stores.
 
-A program holds R groups of 32 as float32 [R, 4, 8]: element 8 t + k of a group at [t, k]. On the GPU these are the registers
-of thread t of the four that hold a row of a matrix product's result, so that packing needs no exchange between threads.
+A program holds R groups of 32 as float32 [R, 4, 8]: element 8 t + k of a group at [t, k]. On the GPU these are the
+registers of thread t of the four that hold a row of a matrix product's result, so packing needs no exchange.
 Every decision is taken on float32 bit fields; no logarithm, no division, no comparison table.
 """
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: there, products are float64, casts by bits."""
+"""Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: products are float64, casts by bits."""
 
 QUEST_SCALE = tl.constexpr(0.48707976)
 MIN_EXPONENT = tl.constexpr(-126)
@@ -47,7 +47,7 @@ def philox_words(seed_ptr, blocks, ROLE: tl.constexpr):
 
 @triton.jit
 def random_bytes(seed_ptr, groups, ROLE: tl.constexpr):
-    """8 random bits an element, uint32 [R, 4, 8], of the groups with logical indices `groups` [R]; two calls a group."""
+    """8 random bits an element, uint32 [R, 4, 8], of groups with logical indices `groups` [R]; two calls a group."""
     R: tl.constexpr = groups.shape[0]
     blocks = (groups.to(tl.uint32) * 2)[:, None] + tl.arange(0, 2).to(tl.uint32)[None, :]
     w0, w1, w2, w3 = philox_words(seed_ptr, blocks, ROLE)
@@ -145,7 +145,7 @@ def abs_max_exponent(largest):
 
 @triton.jit
 def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
-    """Exponent of QuEST's scale; of `mse` the lower of its two candidates."""
+    """Exponent of QuEST's scale, of `mse` the lower of its two candidates; and whether there is a higher one."""
     m = tl.minimum(tl.maximum((largest >> 23) - 127, -126), 126)
     w = v * per_element(power_of_two(-m))  # |w| < 2: squares neither overflow nor vanish
     if STATISTIC == "std":
@@ -159,16 +159,17 @@ def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
         if RULE == "nearest":
             exponent += ((bits & 0x7FFFFF) >= 0x3504F3).to(tl.int32)  # the significand of sqrt(2)
     # A constant group has no centred deviation.
-    return tl.where(bits == 0, abs_max_exponent(largest), clamp_exponent(exponent)), (bits != 0) & (exponent >= MIN_EXPONENT)
+    clamped = tl.where(bits == 0, abs_max_exponent(largest), clamp_exponent(exponent))
+    return clamped, (bits != 0) & (exponent >= MIN_EXPONENT)
 
 
 @triton.jit
 def rounding_shift(u):
     """What to add to |u| < 8 so that the float32 sum is rounded to the E2M1 grid (ties to even) and ends in its index.
 
-    The grid's step is 2^(e-1), with e the exponent of |u| but at least 0; it is the last bit of 2^(22+e). The index is the
-    number of steps plus 2 e: 2 e comes from the exponent field, and 4194307 = 2^22 (1 + 6 * 2^-23) makes what comes with it,
-    2 * 149 + 6, divisible by 8.
+    The grid's step is 2^(e-1), with e the exponent of |u| but at least 0; it is the last bit of 2^(22+e). The index is
+    the number of steps plus 2 e: 2 e comes from the exponent field, and 4194307 = 2^22 (1 + 6 * 2^-23) makes what comes
+    with it, 2 * 149 + 6, divisible by 8.
     """
     power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = (tl.maximum(power, 1.0) * 4194307.0).to(tl.int32, bitcast=True)
@@ -220,7 +221,7 @@ def quantize_groups(
     """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
 
     Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask int32 [groups],
-    data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (the number rounded is 3/4 of v).
+    data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
     """
     largest = largest_bits(v)
     zero = largest == 0
@@ -247,8 +248,8 @@ def quantize_groups(
             rounded = clipped + shift
         values = rounded - shift
     else:
-        # Both candidates in units of the narrower grid, so that their errors are. The wider grid is the same from 2 to 6,
-        # has no steps of a half below and goes on to 12.
+        # Both candidates in units of the narrower grid, so that their errors are. The wider grid is the same from 2 to
+        # 6, has no steps of a half below and goes on to 12.
         shift = rounding_shift(tl.minimum(magnitude, 12.0))
         narrow_shift = tl.minimum(shift, HIGHEST_SHIFT)
         wide_shift = tl.maximum(shift, LOWEST_WIDER_SHIFT)

@@ -1,7 +1,7 @@
-"""Packed MXFP4 to an FP8 operand: E5M2 relative to one power of two a row, exact over 28 binades below the row's largest.
+"""Packed MXFP4 to an FP8 operand: E5M2 relative to one power of two a row, exact over 28 binades.
 
-    E = the largest exponent of the row's groups with a non-zero code, at least -113
-    data = code * 2^(e - E + 13) in E5M2 (exponents -15..13), row scale = 2^(E - 13)
+E = the largest exponent of the row's groups with a non-zero code, at least -113
+data = code * 2^(e - E + 13) in E5M2 (exponents -15..13), row scale = 2^(E - 13)
 """
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .common import INTERPRET
 
-ROWS = 16 if INTERPRET.value else 4
-GROUPS = 64
+ROWS = 16 if INTERPRET.value else 1
+GROUPS = 64 if INTERPRET.value else 128
 SCALES = 256
+NOT_FINITE = tl.constexpr(1000)
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def permute_bytes(low, high, selectors):
 
 @triton.jit
 def look_up(low, high, codes, words, SIGN_BYTES: tl.constexpr):
-    """Four FP8 bytes for the lowest four codes: the table high:low at their indices, the signs out of all eight codes."""
+    """Four FP8 bytes for the lowest four codes: the table high:low at their indices, signs out of all eight codes."""
     magnitudes = permute_bytes(low, high, codes & 0x7777)
     # Odd codes have their signs on top of a byte; a shift by 4 brings those of the even ones there.
     signs = permute_bytes(words << 4, words, words * 0 + SIGN_BYTES)
@@ -71,31 +72,27 @@ def expand_kernel(
     words = tl.load(codes_ptr + words_at, mask=inside[:, :, None], other=0).to(tl.uint32, bitcast=True)
     byte = tl.load(scales_ptr + first + group, mask=inside, other=0).to(tl.int32)
 
+    # The row's largest scale byte, + 1; 0 without a non-zero code; NOT_FINITE, under which all data round to zero.
     largest = tl.zeros((ROWS,), tl.int32)
-    not_finite = tl.zeros((ROWS,), tl.int32)
     for start in range(0, n_groups, SCALES):
         other = start + tl.arange(0, SCALES)[None, :]
         other_inside = row_inside & (other < n_groups)
         scale = tl.load(scales_ptr + first + other, mask=other_inside, other=0).to(tl.int32)
-        not_finite = tl.maximum(not_finite, tl.max((scale == 255).to(tl.int32), axis=1))
-        used = scale != 255
         if CHECK_CODES:
             other_at = ((first + other) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
             other_words = tl.load(codes_ptr + other_at, mask=other_inside[:, :, None], other=0)
-            used &= tl.max(((other_words & 0x77777777) != 0).to(tl.int32), axis=2) != 0
-            scale += 1  # byte 0 is a scale too; 0 stands for a group without a non-zero code
-        largest = tl.maximum(largest, tl.max(tl.where(used, scale, 0), axis=1))
-    empty = largest == 0
-    if CHECK_CODES:
-        largest -= 1
-    largest = tl.maximum(largest, 127 - 113)
-    row_scale = ((largest - 13) << 23).to(tl.float32, bitcast=True)
-    row_scale = tl.where(not_finite != 0, float("nan"), tl.where(empty, 1.0, row_scale))
+            used = tl.max(((other_words & 0x77777777) != 0).to(tl.int32), axis=2) != 0
+        else:
+            used = scale != 0
+        key = tl.where(scale == 255, NOT_FINITE, tl.where(used, scale + 1, 0))
+        largest = tl.maximum(largest, tl.max(key, axis=1))
+    top = tl.maximum(largest - 1, 127 - 113)
+    row_scale = ((tl.minimum(top, 254) - 13) << 23).to(tl.float32, bitcast=True)
+    row_scale = tl.where(largest == NOT_FINITE, float("nan"), tl.where(largest == 0, 1.0, row_scale))
     if tile == 0:
         tl.store(row_scale_ptr + row, row_scale, mask=row < n_rows)
 
-    # Far below the span everything rounds to 0, which is also what the codes of a non-finite group become.
-    exponent = tl.where(byte == 255, -100, tl.maximum(byte - largest[:, None] + 13, -100))
+    exponent = tl.maximum(byte - top[:, None] + 13, -100)  # far below the span everything rounds to zero
     factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     low = ((fp8_byte(0.5 * factor) << 8) | (fp8_byte(factor) << 16) | (fp8_byte(1.5 * factor) << 24))[:, :, None]
     high = fp8_byte(2.0 * factor) | (fp8_byte(3.0 * factor) << 8)
@@ -111,7 +108,7 @@ def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[
     """FP8 operand of codes uint8 [M, K/2] and scales uint8 [M, K/32]: float8_e5m2 [M, K] and float32 [M].
 
     Groups more than 28 binades below E round to nearest even. A row without a non-zero code has scale 1; a row with a
-    byte 255 has scale NaN and finite data. ``check_codes=False`` spares looking for groups whose codes are all zero under a
+    byte 255 has scale NaN and data 0. ``check_codes=False`` spares looking for groups whose codes are all zero under a
     byte that is not; only right for codes of the quantisers, where such groups are all below 2^-113.
     """
     rows, groups = scales.shape

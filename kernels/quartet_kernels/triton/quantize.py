@@ -7,6 +7,7 @@ Where the GEMM reads FP8, a second launch expands the codes, which the L2 cache 
 exponent of each row; that exponent is only known when the whole row is quantised.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,12 +23,11 @@ from .expand import expand
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
-TRANSPOSED_TOKENS = 128
-TRANSPOSED_FEATURES = 128 if INTERPRET.value else 64
-NUM_WARPS = 4
+PROGRAMS = 8  # a multiprocessor
 STAGES = 3
+FEATURES_PER_TILE = 128 if INTERPRET.value else 64
 TRANSPOSED_STAGES = 1  # copied ahead, a tile could only be transposed element by element
-PROGRAMS = 4  # a multiprocessor
+NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["n_groups"])
@@ -90,9 +90,7 @@ def quantize_columns_kernel(
     """Tiles of x [n_tokens, n_features], read along its rows, quantised along its columns."""
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, x_ptr.dtype.element_ty)
     tiles = tl.cdiv(n_features, FEATURES)
-    for tile in tl.range(
-        tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES
-    ):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES):
         first_token = tile // tiles * TOKENS
         first_feature = tile % tiles * FEATURES
         token = first_token + tl.arange(0, TOKENS)
@@ -107,9 +105,17 @@ def quantize_columns_kernel(
 
 def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
     """Grid of a kernel whose programs walk over tiles: no more than fit the device at once."""
-    if device.type == "cpu":
-        return (tiles,)
-    return (min(tiles, torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor),)
+    return (min(tiles, per_multiprocessor * _multiprocessors(device)),)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def transposed_tile(rounding: str) -> tuple[int, int]:
+    """Tokens of a tile, and programs a multiprocessor: random bits take registers."""
+    return (64, 8) if rounding == "stochastic" else (128, 4)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -117,7 +123,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _factor(width: int) -> float:
+@lru_cache
+def inverse_root(width: int) -> float:
     """fl(width^-1/2) in float32."""
     return torch.tensor(width**-0.5, dtype=torch.float32).item()
 
@@ -198,7 +205,7 @@ def _launch_rows(
     # A product needs 64 rows for the tensor cores of Hopper.
     tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(n_groups)), 64 * max(width, 64) // 32)
     quantize_rows_kernel[programs(triton.cdiv(n_groups, tile), x.device, PROGRAMS)](
-        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, _factor(max(width, 1)), x.stride(0),
+        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, inverse_root(max(width, 1)), x.stride(0),
         K=x.shape[1], CONTIGUOUS=x.is_contiguous(), G=width, R=tile, STAGES=STAGES, num_warps=NUM_WARPS, **constants,
     )  # fmt: skip
 
@@ -232,10 +239,11 @@ def quantize_backward(
         return finish_operand(codes, scales, data, operand)
     codes, scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, x.device)
     if x.numel() > 0:
-        tiles = triton.cdiv(rows, TRANSPOSED_TOKENS) * triton.cdiv(columns, TRANSPOSED_FEATURES)
-        quantize_columns_kernel[programs(tiles, x.device, PROGRAMS)](
-            x, matrix, signs, seed, words(codes), scales, data, rows, columns, _factor(BACKWARD_GROUP_SIZE),
-            x.stride(0), TOKENS=TRANSPOSED_TOKENS, FEATURES=TRANSPOSED_FEATURES, STAGES=TRANSPOSED_STAGES,
+        tokens, per_multiprocessor = transposed_tile(rounding)
+        tiles = triton.cdiv(rows, tokens) * triton.cdiv(columns, FEATURES_PER_TILE)
+        quantize_columns_kernel[programs(tiles, x.device, per_multiprocessor)](
+            x, matrix, signs, seed, words(codes), scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
+            x.stride(0), TOKENS=tokens, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES,
             num_warps=NUM_WARPS, **constants,
         )  # fmt: skip
     return finish_operand(codes, scales, data, operand)

@@ -1,6 +1,6 @@
 """Packed codes [M, K] to the quantised operand of the transposed tensor, [K, M], never in high precision in memory.
 
-    v = (x D) H 32^-1/2 along the columns of x = code * scale (exact in bfloat16), abs-max scale; no factors
+v = (x D) H 32^-1/2 along the columns of x = code * scale (exact in bfloat16), abs-max scale; no factors
 """
 
 import torch
@@ -11,17 +11,16 @@ from torch import Tensor
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 from .common import load_rotation, signed, to_bfloat16, values_of
 from .quantize import (
+    FEATURES_PER_TILE,
     NUM_WARPS,
-    PROGRAMS,
-    STAGES,
-    TRANSPOSED_FEATURES,
-    TRANSPOSED_TOKENS,
+    TRANSPOSED_STAGES,
     Operand,
-    _factor,
     empty_operand,
     finish_operand,
+    inverse_root,
     programs,
     quantize_transposed_tile,
+    transposed_tile,
     words,
 )
 
@@ -35,9 +34,7 @@ def requantize_kernel(
     """Tiles of the packed tensor [n_tokens, n_features], quantised along its columns."""
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, tl.bfloat16)
     tiles = tl.cdiv(n_features, FEATURES)
-    for tile in tl.range(
-        tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES
-    ):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES):
         first_token = tile // tiles * TOKENS
         first_feature = tile % tiles * FEATURES
         token = first_token + tl.arange(0, TOKENS)
@@ -79,12 +76,13 @@ def requantize(
     new_codes, new_scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, codes.device)
     stochastic = rounding == "stochastic"
     if codes.numel() > 0:
-        tiles = triton.cdiv(rows, TRANSPOSED_TOKENS) * triton.cdiv(columns, TRANSPOSED_FEATURES)
-        requantize_kernel[programs(tiles, codes.device, PROGRAMS)](
+        tokens, per_multiprocessor = transposed_tile(rounding)
+        tiles = triton.cdiv(rows, tokens) * triton.cdiv(columns, FEATURES_PER_TILE)
+        requantize_kernel[programs(tiles, codes.device, per_multiprocessor)](
             codes.contiguous(), scales.contiguous(),
             rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, codes.device, torch.bfloat16), signs, seed,
-            words(new_codes), new_scales, data, rows, columns, _factor(BACKWARD_GROUP_SIZE),
+            words(new_codes), new_scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
             STOCHASTIC=stochastic, ROLE=role if stochastic else 0, SIGN_ROLE=sign_role if signs is None else None,
-            TOKENS=TRANSPOSED_TOKENS, FEATURES=TRANSPOSED_FEATURES, STAGES=STAGES, num_warps=NUM_WARPS,
+            TOKENS=tokens, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES, num_warps=NUM_WARPS,
         )  # fmt: skip
     return finish_operand(new_codes, new_scales, data, operand)
