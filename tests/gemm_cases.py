@@ -26,7 +26,7 @@ class Case:
 def operand(
     generator: torch.Generator, rows: int, length: int, spread: int = 6, outliers: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [rows, length / 2], scales uint8 [rows, length / 32] over `spread` binades; outliers: 1 in 50, x64."""
+    """Codes uint8 [rows, length / 2], scales uint8 [rows, length / 32] over `spread` binades; outliers: x64."""
     device = generator.device
     codes = torch.randint(0, 256, (rows, length // 2), dtype=torch.uint8, generator=generator, device=device)
     low = 127 - spread // 2

@@ -40,6 +40,7 @@ SHARED_BYTES = 232448
 def store_parts(
     c_desc, v, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Scale, finish and store float32 accumulators v at (row, col), a part of the columns at a time.
 
@@ -49,19 +50,21 @@ def store_parts(
         left, right = tl.split(v.reshape(v.shape[0], 2, v.shape[1] // 2).permute(0, 2, 1))
         store_parts(
             c_desc, left, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
-            rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2,
+            rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2, WARPS,
         )  # fmt: skip
         store_parts(
             c_desc, right, row, col + v.shape[1] // 2, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr,
-            rotation_ptr, alpha, rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2,
+            rotation_ptr, alpha, rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2, WARPS,
         )  # fmt: skip
     else:
         rows = (row + tl.arange(0, v.shape[0])).to(tl.int64)
         cols = col + tl.arange(0, v.shape[1])
         a_scale = tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)
         b_scale = tl.load(b_scale_ptr + cols, mask=cols < N, other=0.0)
-        v = v * a_scale[:, None] * b_scale[None, :] * alpha
-        v = finish(v, rows, rows < M, col, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES)
+        v = v * (a_scale * alpha)[:, None] * b_scale[None, :]
+        v = finish(
+            v, rows, rows < M, col, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES, WARPS
+        )
         c_desc.store([row, col], v.to(c_desc.dtype))
 
 
@@ -70,16 +73,18 @@ def fp8_tma_kernel(
     a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
     BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr, PRECISE: tl.constexpr, STATIC_K: tl.constexpr,
+    PARTS: tl.constexpr, WARPS: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """A [M, K], B [N, K], C [M, N] by descriptors; float32 scales [M], [N]; programs walk over the tiles."""
+    """A [M, K], B [N, K], C [M, N] by descriptors; float32 scales [M], [N]; programs walk over the tiles.
+
+    WARPS, where not 0, is the number of warps: the walk is flattened and a warp rotates its own rows (`rotate_back`).
+    """
     PROMOTE: tl.constexpr = BLOCK_K if PRECISE else None
-    if STATIC_K:
-        K = STATIC_K
     tl.assume(tl.cdiv(K, BLOCK_K) > 0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    # Flattened, the next tile's loads run during this tile's epilogue; with promotion that costs more than it gives.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not PRECISE):
+    # Flattened, the next tile's loads run during this tile's epilogue. That needs a loop with no other wgmma, and costs
+    # more than it gives where partial sums are promoted.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=WARPS > 0):
         tile_m, tile_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row = tile_m * BLOCK_M
         col = tile_n * BLOCK_N
@@ -90,7 +95,7 @@ def fp8_tma_kernel(
             acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=PROMOTE)
         store_parts(
             c_desc, acc, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
-            rotation_scale, BIAS, MASK, G, PIECES, PARTS,
+            rotation_scale, BIAS, MASK, G, PIECES, PARTS, WARPS,
         )  # fmt: skip
 
 
@@ -117,7 +122,7 @@ def fp8_pointer_kernel(
         acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=PROMOTE)
     a_scale = tl.load(a_scale_ptr + rows, mask=rows_in, other=0.0)
     b_scale = tl.load(b_scale_ptr + cols, mask=cols_in, other=0.0)
-    v = acc * a_scale[:, None] * b_scale[None, :] * alpha
+    v = acc * (a_scale * alpha)[:, None] * b_scale[None, :]
     v = finish(
         v, rows, rows_in, tile_n * BLOCK_N, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES
     )
@@ -137,12 +142,12 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, group: int, out_bytes
         block_m, block_n, warps = 128, 128, 8  # larger tiles have no registers left for a block of 128 columns
     elif precise:
         block_m, block_n, warps = 256, 128, 8
-    elif triton.cdiv(M, 128) * triton.cdiv(N, 256) >= programs:
+    elif 2 * triton.cdiv(M, 128) * triton.cdiv(N, 256) > programs:
         block_m, block_n, warps = 128, 256, 8
     else:
         block_m, block_n, warps = 128, 128, 4
-    parts = min(4, block_n // max(group, 32))  # a part holds whole rotation blocks
-    outside = block_m * (block_n // parts) * out_bytes + group * group * 2 + 1024  # output, rotation, barriers
+    parts = min(4 if group else 2, block_n // max(group, 32))  # a part holds whole rotation blocks
+    outside = block_m * (block_n // parts) * out_bytes + group * group * 4 + 1024  # output, rotation, barriers
     stages = min(4, (SHARED_BYTES - outside) // ((block_m + block_n) * 128))
     return Tile(block_m, block_n, 128, warps, stages, parts)
 
@@ -153,8 +158,8 @@ def aligned(*tensors: torch.Tensor) -> bool:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Hopper and later; the interpreter has descriptors too."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Hopper; the interpreter has descriptors too."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def matmul(
@@ -178,8 +183,8 @@ def matmul(
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(bias, mask, matrix, a_scale, out_dtype)
-    runtime |= {"a_scale_ptr": a_scale.contiguous(), "b_scale_ptr": b_scale.contiguous(), "alpha": float(alpha)}
+    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, a_scale, out_dtype)
+    runtime |= {"a_scale_ptr": a_scale.contiguous(), "b_scale_ptr": b_scale.contiguous()}
     precise = accumulation == "precise"
     if has_tma(a.device) and aligned(a, b, out):
         programs = multiprocessors(a.device) if a.device.type == "cuda" else 4
@@ -191,7 +196,8 @@ def matmul(
             TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]),
             M=M, N=N, K=K, **runtime, **constant,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8, PARTS=tile.parts,
-            PRECISE=precise, STATIC_K=0, num_warps=tile.warps, num_stages=tile.stages,
+            WARPS=0 if precise or constant["G"] > 32 else tile.warps, PRECISE=precise,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
     grid = (triton.cdiv(M, 128) * triton.cdiv(N, 128),)

@@ -69,31 +69,46 @@ def top_bits(x):
 
 
 @triton.jit
-def rotate_back(v, rotation_ptr, rotation_scale, G: tl.constexpr, PIECES: tl.constexpr):
-    """v @ H.T * g^-1/2 per block of G columns of float32 v [ROWS, COLS], as a product of bf16 pieces of v with +-1.
+def multiply_by_signs(x, h_t, PIECES: tl.constexpr):
+    """x @ h_t of float32 x [..., G] with h_t of +-1 in bf16: a product of bf16 pieces of x, with float32 sums.
 
-    Three pieces of 8 bits are all 24 bits of a float32; two leave an error of 2^-16, for 16-bit outputs. Blocks become
-    rows, not a block-diagonal matrix: 0 * NaN would spoil the neighbours.
+    Three pieces of 8 bits are all 24 bits of a float32; two leave an error of 2^-16, for 16-bit outputs.
     """
-    ROWS: tl.constexpr = v.shape[0]
-    BLOCKS: tl.constexpr = v.shape[1] // G
-    index = tl.arange(0, G)
-    h_t = tl.load(rotation_ptr + index[None, :] * G + index[:, None])  # [i, j] = H[j, i]
-    v = v.reshape(ROWS, BLOCKS, G).permute(1, 0, 2).reshape(BLOCKS * ROWS, G)
     if INTERPRET:
-        out = tl.dot(v, h_t.to(tl.float32), input_precision="ieee")
+        out = tl.dot(x, h_t.to(tl.float32), input_precision="ieee")
     else:
-        h_t = h_t.to(tl.bfloat16)
-        high = top_bits(v)
-        rest = v - high
+        high = top_bits(x)
+        rest = x - high
         out = tl.dot(high.to(tl.bfloat16), h_t)
         if PIECES == 3:
             middle = top_bits(rest)
             out = tl.dot(middle.to(tl.bfloat16), h_t, out)
             rest = rest - middle
         out = tl.dot(rest.to(tl.bfloat16), h_t, out)
-    out = out * rotation_scale
-    return out.reshape(BLOCKS, ROWS, G).permute(1, 0, 2).reshape(ROWS, BLOCKS * G)
+    return out
+
+
+@triton.jit
+def rotate_back(v, rotation_ptr, G: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr):
+    """v @ H.T per block of G columns of float32 v [ROWS, COLS]; the factor g^-1/2 is in v.
+
+    Blocks become rows, not a block-diagonal matrix: 0 * NaN would spoil the neighbours. The rows are ordered so that a
+    thread keeps its elements: with WARPS = 0 for a product of the whole, else for one product a warp, which holds every
+    WARPS-th 16 rows of an accumulator on Hopper. The latter becomes mma.sync, so the kernel's own wgmma stay pipelined.
+    """
+    ROWS: tl.constexpr = v.shape[0]
+    BLOCKS: tl.constexpr = v.shape[1] // G
+    index = tl.arange(0, G)
+    h_t = tl.load(rotation_ptr + index[None, :] * G + index[:, None]).to(tl.bfloat16)  # [i, j] = H[j, i]
+    if WARPS:
+        x = v.reshape(ROWS // (16 * WARPS), WARPS, 16, BLOCKS, G).permute(1, 0, 3, 2, 4)
+        x = x.reshape(WARPS, ROWS // WARPS * BLOCKS, G)
+        out = multiply_by_signs(x, tl.broadcast_to(h_t[None, :, :], (WARPS, G, G)), PIECES)
+        out = out.reshape(WARPS, ROWS // (16 * WARPS), BLOCKS, 16, G).permute(1, 0, 3, 2, 4)
+    else:
+        x = v.reshape(ROWS, BLOCKS, G).permute(1, 0, 2).reshape(BLOCKS * ROWS, G)
+        out = multiply_by_signs(x, h_t, PIECES).reshape(BLOCKS, ROWS, G).permute(1, 0, 2)
+    return out.reshape(ROWS, BLOCKS * G)
 
 
 @triton.jit
@@ -101,29 +116,35 @@ def apply_mask(v, words):
     """Zero v [ROWS, COLS] where bit i of int32 words [ROWS, COLS / 32] is 0; a select, so that NaN does not leak."""
     ROWS: tl.constexpr = v.shape[0]
     GROUPS: tl.constexpr = v.shape[1] // 32
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.where(bits != 0, v.reshape(ROWS, GROUPS, 32), 0.0).reshape(ROWS, GROUPS * 32)
+    # Bit 8 j + 2 t + p of a word, where t counts the threads that share a row of an accumulator: each shifts
+    # a word once, and what is left are constants.
+    four = tl.arange(0, 4)
+    shifted = words[:, :, None, None, None] >> (2 * four)[None, None, None, :, None]
+    bits = (1 << (8 * four[:, None] + tl.arange(0, 2)[None, :]))[None, None, :, None, :]
+    return tl.where((shifted & bits) != 0, v.reshape(ROWS, GROUPS, 4, 4, 2), 0.0).reshape(ROWS, GROUPS * 32)
 
 
 @triton.jit
 def finish(
     v, rows, rows_in, cols_start, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
-    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr = 0,
 ):  # fmt: skip
     """The common epilogue: bias, clip mask, inverse rotation of float32 v [ROWS, COLS] at rows x (cols_start + ...).
 
-    `rows` is int64. G = 0 means no rotation. Columns beyond N hold anything: no block of G mixes them in.
+    v holds the rotation's factor already. `rows` is int64. G = 0 means no rotation (and rotation_scale is 1). Columns
+    beyond N hold anything: no block of G mixes them in.
     """
     COLS: tl.constexpr = v.shape[1]
     if BIAS:
         cols = cols_start + tl.arange(0, COLS)
-        v = v + tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * rotation_scale
+        v = v + bias[None, :]
     if MASK:
         groups = cols_start // 32 + tl.arange(0, COLS // 32)
         inside = rows_in[:, None] & (groups < N // 32)[None, :]
         v = apply_mask(v, tl.load(mask_ptr + rows[:, None] * (N // 32) + groups[None, :], mask=inside, other=0))
     if G:
-        v = rotate_back(v, rotation_ptr, rotation_scale, G, PIECES)
+        v = rotate_back(v, rotation_ptr, G, PIECES, WARPS)
     return v
 
 
@@ -207,16 +228,21 @@ def packed_tile(device: torch.device) -> tuple[int, int, int]:
 
 
 def epilogue_arguments(
-    bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None, placeholder: torch.Tensor,
-    out_dtype: torch.dtype,
+    alpha: float, bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None,
+    placeholder: torch.Tensor, out_dtype: torch.dtype,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Run-time and constexpr arguments of `finish`; a pointer that is not read gets the placeholder."""
+    """Run-time and constexpr arguments of the epilogue, the rotation's factor folded into alpha.
+
+    A pointer that is not read gets the placeholder.
+    """
     group = 0 if matrix is None else matrix.shape[0]
+    rotation_scale = float(group) ** -0.5 if group else 1.0
     runtime = {
         "bias_ptr": placeholder if bias is None else bias.contiguous(),
         "mask_ptr": placeholder if mask is None else mask.contiguous(),
         "rotation_ptr": placeholder if matrix is None else matrix.contiguous(),
-        "rotation_scale": float(group) ** -0.5 if group else 1.0,
+        "rotation_scale": rotation_scale,
+        "alpha": alpha * rotation_scale,
     }
     constant = {
         "BIAS": bias is not None,
@@ -261,11 +287,11 @@ def matmul(
     if M == 0 or N == 0 or K == 0:
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(bias, mask, matrix, out, out_dtype)
+    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
     block_m, block_n, block_k = packed_tile(a.device)
     grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
     packed_matmul_kernel[grid](
-        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out, alpha=float(alpha),
+        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out,
         M=M, N=N, K=K, **runtime, **constant,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -280,11 +306,11 @@ def unrotate(
     out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
     if out.numel() == 0:
         return out
-    runtime, constant = epilogue_arguments(None, mask, matrix, out, out_dtype)
+    runtime, constant = epilogue_arguments(alpha, None, mask, matrix, out, out_dtype)
     del runtime["bias_ptr"], constant["BIAS"]
     grid = (triton.cdiv(M, 64) * triton.cdiv(N, 128),)
     unrotate_kernel[grid](
-        acc.contiguous(), out, alpha=float(alpha), M=M, N=N, **runtime, **constant,
+        acc.contiguous(), out, M=M, N=N, **runtime, **constant,
         BLOCK_M=64, BLOCK_N=128, num_warps=4,
     )  # fmt: skip
     return out

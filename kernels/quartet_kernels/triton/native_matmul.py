@@ -1,0 +1,73 @@
+"""GEMM over packed MXFP4 operands on FP4 tensor cores, by `tl.dot_scaled`.
+
+Blackwell: `tcgen05.mma kind::mxf4` and `mma.sync kind::mxf4nvf4`; MI350: `v_mfma_scale_f32_32x32x64_f8f6f4`. The same
+product, operands and epilogue as `matmul`. Elsewhere Triton decomposes it to bf16: the same numbers, no gain.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .matmul import empty_product, epilogue_arguments, finish, tile_of
+
+BLOCK_M, BLOCK_N, BLOCK_K, WARPS = 128, 128, 128, 8
+"""One tile for all. What keeps FP4 units busy: on 10.x BLOCK_M a multiple of 128 and 4 or 8 warps, everywhere BLOCK_K at
+least 64; 12.x spills with fewer warps or wider tiles; 10.x has tensor memory for two such programs a multiprocessor."""
+
+
+@triton.jit
+def load_packed(codes_ptr, scales_ptr, rows, rows_in, k_start, K, BLOCK_K: tl.constexpr):
+    """Codes [ROWS, BLOCK_K / 2] and scales [ROWS, BLOCK_K / 32]; outside, code 0 at scale 1 (byte 255 would be NaN)."""
+    pairs = k_start // 2 + tl.arange(0, BLOCK_K // 2)
+    groups = k_start // 32 + tl.arange(0, BLOCK_K // 32)
+    codes_in = rows_in[:, None] & (pairs < K // 2)[None, :]
+    scales_in = rows_in[:, None] & (groups < K // 32)[None, :]
+    codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + pairs[None, :], mask=codes_in, other=0)
+    scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + groups[None, :], mask=scales_in, other=127)
+    return codes, scales
+
+
+@triton.jit(do_not_specialize=["M"])
+def native_matmul_kernel(
+    a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, c_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
+    BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """A u8 [M, K/2], B u8 [N, K/2], scales u8 [M, K/32], [N, K/32]; C [M, N]; one tile a program."""
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows_in = rows < M
+    cols_in = cols < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tl.assume(tl.cdiv(K, BLOCK_K) > 0)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        a, a_scales = load_packed(a_ptr, a_scales_ptr, rows, rows_in, k * BLOCK_K, K, BLOCK_K)
+        b, b_scales = load_packed(b_ptr, b_scales_ptr, cols, cols_in, k * BLOCK_K, K, BLOCK_K)
+        acc = tl.dot_scaled(a, a_scales, "e2m1", b.T, b_scales, "e2m1", acc)
+    v = finish(
+        acc * alpha, rows, rows_in, tile_n * BLOCK_N, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
+        BIAS, MASK, G, PIECES,
+    )  # fmt: skip
+    inside = rows_in[:, None] & cols_in[None, :]
+    tl.store(c_ptr + rows[:, None] * N + cols[None, :], v.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+def matmul(
+    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, alpha: float,
+    bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, matrix: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """alpha * A @ B.T (+ bias) of packed operands, with the backward's epilogue; arguments as of `matmul.matmul`."""
+    M, N, K = a.shape[0], b.shape[0], a.shape[1] * 2
+    if M == 0 or N == 0 or K == 0:
+        return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
+    out = torch.empty((M, N), dtype=out_dtype, device=a.device)
+    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
+    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
+    native_matmul_kernel[grid](
+        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out,
+        M=M, N=N, K=K, **runtime, **constant,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=WARPS, num_stages=3,
+    )  # fmt: skip
+    return out
