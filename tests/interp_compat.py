@@ -2,7 +2,8 @@
 
 It replaces internals of ``triton.runtime.interpreter``, and only where this version lacks or miscomputes something:
 bfloat16 operands of a dot are multiplied as integers, float32 is cut instead of rounded to bfloat16 and mis-rounded to
-FP8, and 3.6 has no ``dot_scaled``, propagates NaN through ``maximum`` and cannot loop to a run-time bound under numpy 2.4.
+FP8, and 3.6 has no ``dot_scaled``, propagates NaN through ``maximum`` and cannot loop to a run-time bound under numpy
+2.4.
 """
 
 from typing import Any

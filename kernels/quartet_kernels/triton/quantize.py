@@ -204,9 +204,11 @@ def _launch_rows(
     width = 0 if matrix is None else matrix.shape[0]
     # A product needs 64 rows for the tensor cores of Hopper.
     tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(n_groups)), 64 * max(width, 64) // 32)
+    contiguous = x.is_contiguous()  # then its shape does not matter, and another one compiles nothing
     quantize_rows_kernel[programs(triton.cdiv(n_groups, tile), x.device, PROGRAMS)](
-        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, inverse_root(max(width, 1)), x.stride(0),
-        K=x.shape[1], CONTIGUOUS=x.is_contiguous(), G=width, R=tile, STAGES=STAGES, num_warps=NUM_WARPS, **constants,
+        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, inverse_root(max(width, 1)),
+        0 if contiguous else x.stride(0), K=0 if contiguous else x.shape[1], CONTIGUOUS=contiguous, G=width, R=tile,
+        STAGES=STAGES, num_warps=NUM_WARPS, **constants,
     )  # fmt: skip
 
 
