@@ -149,4 +149,5 @@ def _load_model(folder: str) -> PreTrainedModel:
             f"pretrained={folder!r} is not a Hugging Face model folder (no config.json in it): "
             "give the path of a local folder; nothing is downloaded."
         )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.train()  # transformers gives it in evaluation mode, and Lightning keeps modes

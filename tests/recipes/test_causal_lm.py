@@ -68,6 +68,7 @@ def test_pretrained_folder_is_loaded_in_float32(tmp_path: Path) -> None:
     model = CausalLM(TINY)
     model.model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = CausalLM(pretrained=str(tmp_path))
+    assert all(module.training for module in loaded.modules())
     for name, parameter in loaded.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, model.model.get_parameter(name).float())
