@@ -1,0 +1,50 @@
+"""``auto-round``: what stock transformers loads and runs, also on a CPU; the rotation is a hook on the inputs."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_quartet.export.folder import write_folder
+from lightning_quartet.export.model import ExportedModel
+from quartet_kernels import MXFP4Tensor
+from quartet_kernels.mxfp4 import GROUP_SIZE
+
+
+def write_auto_round(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
+    """``weight_packed`` and ``weight_scale``; the matrix itself is not in the file."""
+
+    def tensors(name: str, packed: MXFP4Tensor) -> dict[str, Tensor]:
+        return {"weight_packed": packed.codes, "weight_scale": packed.scales}
+
+    # Layers are replaced by the start of their names, but for those that extra_config takes out.
+    blocks = sorted({_block(name) for name in exported.layers})
+    inside = [name for name in exported.kept if any(name.startswith(block) for block in blocks)]
+    quantization_config: dict[str, Any] = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:llm_compressor",
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "sym": True,
+        "data_type": "mx_fp",
+        "act_bits": 4,
+        "act_group_size": GROUP_SIZE,
+        "act_sym": True,
+        "act_data_type": "mx_fp_rceil",
+        "act_dynamic": True,
+        "block_name_to_quantize": ",".join(blocks),
+        "extra_config": {name: {"bits": 16, "act_bits": 16} for name in inside},
+    }
+    if exported.rotated:
+        quantization_config["rotation_config"] = {
+            "block_size": exported.config.hadamard_group_size,
+            "hadamard_type": "hadamard",
+        }
+    write_folder(exported, folder, shard_bytes, tensors, quantization_config)
+
+
+def _block(name: str) -> str:
+    """``model.layers`` of ``model.layers.0.mlp.up_proj``: up to the first number, or the layer itself."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:number]) or name
