@@ -97,7 +97,8 @@ def test_compiled_equals_eager_without_recompilation(backend):
     config = QuartetConfig(backend=backend)
 
     def layer(x: Tensor, seed: Tensor) -> Tensor:
-        return torch.nn.functional.silu(quartet_linear(x, weight, bias, config=config, seed=seed))
+        # An activation that compilation does not round in another way: a last bit of dy can turn a code.
+        return torch.relu(quartet_linear(x, weight, bias, config=config, seed=seed))
 
     compiled = torch.compile(layer, fullgraph=True)
     results: list[list[Tensor]] = []

@@ -42,7 +42,7 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def data(batches: int = 40) -> DataLoader:
+def data(batches: int = 20) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     return DataLoader(torch.randn(batches * 64, 256, generator=generator), batch_size=64)
 
