@@ -2,10 +2,10 @@
 
     python examples/language_model/study/study.py --runs bf16 quartet fp_quant --seeds 3 --steps 700 --out study
 
-Runs of one seed share initial weights, data order and the signs of the backward's rotations, so their difference is
-far smaller than the spread between seeds. The table gives the mean difference of the training loss over the last 50
-steps and of the validation loss from the first run named, with the standard error over seeds. Results are appended to OUT/runs.json
-after every run; a run that is there already is not repeated.
+Runs of one seed share initial weights, data order and the signs of the backward's rotations, so their difference is far
+smaller than the spread between seeds. The table gives the mean difference of the training loss over the last 50 steps,
+and of the validation loss, from the first run named, with the standard error over seeds. Results are appended to
+OUT/runs.json after every run; a run that is there already is not repeated.
 
 The model is the paper's 30M Llama (arXiv 2505.14669, Table 4: 6 layers, 640 wide, 5 heads, sequence 512) with its
 optimizer settings; the text is any file of documents, by default the State of the Union addresses.
