@@ -12,7 +12,18 @@ from quartet_kernels.mxfp4 import GROUP_SIZE
 
 
 def write_auto_round(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
-    """``weight_packed`` and ``weight_scale``; the matrix itself is not in the file."""
+    """``weight_packed`` and ``weight_scale``; the matrix itself is not in the file.
+
+    Raises:
+        ValueError: If the model is rotated and a linear layer other than ``lm_head`` is not in MXFP4, or ``lm_head``
+            is: auto-round rotates the inputs of every linear layer but that one.
+    """
+    odd = [name for name in exported.kept if "lm_head" not in name] + [n for n in exported.layers if "lm_head" in n]
+    if exported.rotated and odd:
+        raise ValueError(
+            f"Format 'auto-round' rotates the inputs of all linear layers but lm_head, and so those of {odd[0]} "
+            "otherwise than in training; train with transform_init='identity', or choose another format."
+        )
 
     def tensors(name: str, packed: MXFP4Tensor) -> dict[str, Tensor]:
         return {"weight_packed": packed.codes, "weight_scale": packed.scales}

@@ -103,7 +103,7 @@ FORMATS: dict[str, Format] = {
         activations=("abs_max",),
         load=_AUTO,
         notes=(
-            "Needs the package auto-round.",
+            "Needs the package auto-round; on a GPU it quantises inputs with fp-quant's abs-max kernel.",
             "**vLLM reads this format and ignores `rotation_config`: a rotated model computes nonsense there.**",
         ),
     ),

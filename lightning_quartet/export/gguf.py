@@ -36,13 +36,13 @@ def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = exported.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type != "llama" or rope.get("rope_type", "default") != "default":
         raise ValueError(
             f"Format 'gguf' writes Llama models without rope scaling; this is {config.model_type!r} with "
             f"rope_type={rope.get('rope_type')!r}: choose another format."
         )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     writer = GGUFWriter(folder / FILE, "llama")
     writer.add_name(str(getattr(config, "name_or_path", "") or "quartet").rstrip("/").rpartition("/")[2])

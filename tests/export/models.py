@@ -37,13 +37,20 @@ def llama(config: QuartetConfig | str | None = None, *, tied: bool = False, bias
 
 
 def bert(config: QuartetConfig | str | None = None) -> BertModel:
-    """An encoder with biases."""
+    """An encoder with biases; its pooler stays as it is."""
     torch.manual_seed(0)
     model = BertModel(
-        BertConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        BertConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.2,
+        )
     ).eval()
     if config is not None:
-        convert_to_quartet(model, config=config)
+        convert_to_quartet(model, config=config, modules_to_not_convert=["pooler"])
     return model
 
 
