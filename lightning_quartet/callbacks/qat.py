@@ -297,6 +297,7 @@ class QuartetQAT(Callback):
         return {
             "version": _STATE_VERSION,
             "config": self.config.to_dict(),
+            "modules_to_not_convert": None if self.modules_to_not_convert is None else [*self.modules_to_not_convert],
             "step": self._step,
             "micro_batch": self._micro_batch,
         }
