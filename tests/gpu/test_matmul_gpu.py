@@ -97,7 +97,7 @@ def test_few_variants_for_many_token_counts() -> None:
         case = make_case(generator, tokens, 512, 256, out_dtype=torch.bfloat16)
         a, b = expand(case.a, case.a_scales), expand(case.b, case.b_scales)
         fp8_matmul.matmul(*a, *b, **case.epilogue, accumulation="fast")
-        tile = fp8_matmul.tma_tile(tokens, 512, 132, False, 0, 2)
+        tile = fp8_matmul.tma_tile(tokens, 512, 132, False, False, 0, 2)
         variants.add(tile)
     assert len(variants) <= 2
     cache = fp8_matmul.fp8_tma_kernel.device_caches[torch.cuda.current_device()][0]

@@ -65,7 +65,8 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str]
             types = {"c_ptr": "*" + out}
             yield arch, "native", name, native_matmul.native_matmul_kernel, constants, types, native_matmul.WARPS, 3
         for precise in (False, True):
-            tile = fp8_matmul.tma_tile(16384, 4096, 132, precise, epilogue["G"], 4 if out == "fp32" else 2)
+            out_bytes = 4 if out == "fp32" else 2
+            tile = fp8_matmul.tma_tile(16384, 4096, 132, precise, epilogue["MASK"], epilogue["G"], out_bytes)
             constants = epilogue | {
                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
                 "PARTS": tile.parts, "WARPS": 0 if precise else tile.warps, "PRECISE": precise,

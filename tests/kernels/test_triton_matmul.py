@@ -150,6 +150,6 @@ def test_tiles_fit_shared_memory() -> None:
         for group in (0, 32, 64, 128):
             for out_bytes in (2, 4):
                 for tokens in (1, 100, 4096, 100000):
-                    tile = fp8_matmul.tma_tile(tokens, 4096, 132, precise, group, out_bytes)
+                    tile = fp8_matmul.tma_tile(tokens, 4096, 132, precise, True, group, out_bytes)
                     assert tile.stages >= 2
                     assert tile.block_n // tile.parts >= group

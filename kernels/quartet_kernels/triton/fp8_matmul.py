@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .matmul import empty_product, epilogue_arguments, finish, tile_of
+from .matmul import (
+    apply_mask,
+    empty_product,
+    epilogue_arguments,
+    finish,
+    load_bias,
+    load_words,
+    rotate_back,
+    tile_of,
+)
 
 
 class Tile(NamedTuple):
@@ -37,8 +46,14 @@ SHARED_BYTES = 232448
 
 
 @triton.jit
+def halves(x):
+    """Left and right half of the columns of x [ROWS, COLS]."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
 def store_parts(
-    c_desc, v, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale,
+    c_desc, v, a_scale, words, row, col, N, b_scale_ptr, bias_ptr, rotation_ptr, rotation_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -46,25 +61,27 @@ def store_parts(
 
     Parts need less shared memory for the way out, which leaves room for a stage of operands, and fewer registers.
     """
+    COLS: tl.constexpr = v.shape[1]
     if PARTS > 1:
-        left, right = tl.split(v.reshape(v.shape[0], 2, v.shape[1] // 2).permute(0, 2, 1))
+        left, right = halves(v)
+        words_left, words_right = halves(words) if MASK else (words, words)
         store_parts(
-            c_desc, left, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
+            c_desc, left, a_scale, words_left, row, col, N, b_scale_ptr, bias_ptr, rotation_ptr, rotation_scale,
+            BIAS, MASK, G, PIECES, PARTS // 2, WARPS,
+        )  # fmt: skip
+        store_parts(
+            c_desc, right, a_scale, words_right, row, col + COLS // 2, N, b_scale_ptr, bias_ptr, rotation_ptr,
             rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2, WARPS,
         )  # fmt: skip
-        store_parts(
-            c_desc, right, row, col + v.shape[1] // 2, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr,
-            rotation_ptr, alpha, rotation_scale, BIAS, MASK, G, PIECES, PARTS // 2, WARPS,
-        )  # fmt: skip
     else:
-        rows = (row + tl.arange(0, v.shape[0])).to(tl.int64)
-        cols = col + tl.arange(0, v.shape[1])
-        a_scale = tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0)
-        b_scale = tl.load(b_scale_ptr + cols, mask=cols < N, other=0.0)
-        v = v * (a_scale * alpha)[:, None] * b_scale[None, :]
-        v = finish(
-            v, rows, rows < M, col, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale, BIAS, MASK, G, PIECES, WARPS
-        )
+        cols = col + tl.arange(0, COLS)
+        v = v * a_scale[:, None] * tl.load(b_scale_ptr + cols, mask=cols < N, other=0.0)[None, :]
+        if BIAS:
+            v = v + load_bias(bias_ptr, col, N, rotation_scale, COLS)[None, :]
+        if MASK:
+            v = apply_mask(v, words)
+        if G:
+            v = rotate_back(v, rotation_ptr, G, PIECES, WARPS)
         c_desc.store([row, col], v.to(c_desc.dtype))
 
 
@@ -93,9 +110,12 @@ def fp8_tma_kernel(
             a = a_desc.load([row, k * BLOCK_K])
             b = b_desc.load([col, k * BLOCK_K])
             acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=PROMOTE)
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        a_scale = tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0) * alpha
+        words = load_words(mask_ptr, rows, rows < M, col, N, BLOCK_N) if MASK else 0  # one wait for all parts
         store_parts(
-            c_desc, acc, row, col, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha,
-            rotation_scale, BIAS, MASK, G, PIECES, PARTS, WARPS,
+            c_desc, acc, a_scale, words, row, col, N, b_scale_ptr, bias_ptr, rotation_ptr, rotation_scale,
+            BIAS, MASK, G, PIECES, PARTS, WARPS,
         )  # fmt: skip
 
 
@@ -136,7 +156,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tma_tile(M: int, N: int, programs: int, precise: bool, group: int, out_bytes: int) -> Tile:
+def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: int, out_bytes: int) -> Tile:
     """Tile of the persistent kernel by class of shape, the same for most token counts, so that few kernels compile."""
     if group == 128:
         block_m, block_n, warps = 128, 128, 8  # larger tiles have no registers left for a block of 128 columns
@@ -147,7 +167,8 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, group: int, out_bytes
     else:
         block_m, block_n, warps = 128, 128, 4
     parts = min(4 if group else 2, block_n // max(group, 32))  # a part holds whole rotation blocks
-    outside = block_m * (block_n // parts) * out_bytes + group * group * 4 + 1024  # output, rotation, barriers
+    # Beside the operands: the output, or the mask and the rotation on their way into registers; barriers.
+    outside = block_m * (block_n // parts) * out_bytes + masked * block_m * block_n // 8 + group * group * 4 + 1024
     stages = min(4, (SHARED_BYTES - outside) // ((block_m + block_n) * 128))
     return Tile(block_m, block_n, 128, warps, stages, parts)
 
@@ -188,7 +209,7 @@ def matmul(
     precise = accumulation == "precise"
     if has_tma(a.device) and aligned(a, b, out):
         programs = multiprocessors(a.device) if a.device.type == "cuda" else 4
-        tile = tma_tile(M, N, programs, precise, constant["G"], out.element_size())
+        tile = tma_tile(M, N, programs, precise, constant["MASK"], constant["G"], out.element_size())
         programs = min(programs, triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n))
         fp8_tma_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),

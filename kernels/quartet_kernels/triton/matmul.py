@@ -125,6 +125,21 @@ def apply_mask(v, words):
 
 
 @triton.jit
+def load_bias(bias_ptr, cols_start, N, rotation_scale, COLS: tl.constexpr):
+    """Bias of COLS columns, float32, times the factor that is in the accumulators."""
+    cols = cols_start + tl.arange(0, COLS)
+    return tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * rotation_scale
+
+
+@triton.jit
+def load_words(mask_ptr, rows, rows_in, cols_start, N, COLS: tl.constexpr):
+    """Clip mask int32 [ROWS, COLS / 32] at int64 rows x (cols_start + ...)."""
+    groups = cols_start // 32 + tl.arange(0, COLS // 32)
+    inside = rows_in[:, None] & (groups < N // 32)[None, :]
+    return tl.load(mask_ptr + rows[:, None] * (N // 32) + groups[None, :], mask=inside, other=0)
+
+
+@triton.jit
 def finish(
     v, rows, rows_in, cols_start, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr = 0,
@@ -136,13 +151,9 @@ def finish(
     """
     COLS: tl.constexpr = v.shape[1]
     if BIAS:
-        cols = cols_start + tl.arange(0, COLS)
-        bias = tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * rotation_scale
-        v = v + bias[None, :]
+        v = v + load_bias(bias_ptr, cols_start, N, rotation_scale, COLS)[None, :]
     if MASK:
-        groups = cols_start // 32 + tl.arange(0, COLS // 32)
-        inside = rows_in[:, None] & (groups < N // 32)[None, :]
-        v = apply_mask(v, tl.load(mask_ptr + rows[:, None] * (N // 32) + groups[None, :], mask=inside, other=0))
+        v = apply_mask(v, load_words(mask_ptr, rows, rows_in, cols_start, N, COLS))
     if G:
         v = rotate_back(v, rotation_ptr, G, PIECES, WARPS)
     return v
