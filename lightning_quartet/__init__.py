@@ -5,6 +5,7 @@ from lightning_quartet.convert import ConversionReport, convert_to_quartet, reve
 from lightning_quartet.linear import QuartetLinear, set_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear, pack_quartet
 from lightning_quartet.precision import QuartetPrecision
+from lightning_quartet.strategies import QuartetFSDP
 from quartet_kernels import QuartetConfig
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "ConversionReport",
     "PackedQuartetLinear",
     "QuartetConfig",
+    "QuartetFSDP",
     "QuartetLinear",
     "QuartetPrecision",
     "QuartetQAT",

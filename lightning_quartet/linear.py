@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quartet.gathered import GatheredWeight
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
 from quartet_kernels.reference import rotate
 from quartet_kernels.rotation import rotation_matrix
@@ -63,8 +64,18 @@ class QuartetLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if not torch.compiler.is_compiling() and not self._quartet_step_set and torch.is_grad_enabled():
             _warn_step_never_set(self)
+        weight = self.weight
+        if isinstance(weight, GatheredWeight):
+            return quartet_linear(
+                input,
+                weight.packed(),
+                self.bias,
+                config=self.quartet_config,
+                seed=self._quartet_seed,
+                master=weight,
+            )
         # Nothing here differs between layers of one shape for the compiler: the layer's number is inside the seed.
-        return quartet_linear(input, self.weight, self.bias, config=self.quartet_config, seed=self._quartet_seed)
+        return quartet_linear(input, weight, self.bias, config=self.quartet_config, seed=self._quartet_seed)
 
     def quantized_weight(self) -> MXFP4Tensor:
         """The weight as the forward multiplies it: rotated and packed, [out_features, in_features]."""

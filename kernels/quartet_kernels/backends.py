@@ -27,6 +27,7 @@ class Backend:
     expand: Callable
     matmul: Callable
     matmul_bf16: Callable
+    unrotate: Callable
     empty_operand: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
     """(any tensor of the device, rows, elements a row) -> an uninitialised operand; says its shapes and dtypes."""
     packed: bool = False
@@ -46,6 +47,7 @@ REFERENCE = Backend(
     expand=reference.expand,
     matmul=reference.matmul,
     matmul_bf16=reference.matmul_bf16,
+    unrotate=reference.unrotate,
     empty_operand=_reference_operand,
 )
 

@@ -14,6 +14,7 @@ from .backends import select_backend
 from .config import QuartetConfig
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T, make_seed
+from .rotation import rotation_matrix
 
 BACKWARD_FACTOR = 4 / 3
 """Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
@@ -114,7 +115,8 @@ class _QuartetLinear(torch.autograd.Function):
     """``y = Xq Wq^T + b`` in the rotated basis; the backward is the paper's Algorithm (App. A.1, v4).
 
     x [..., K]; weight [N, K], or its packed codes and scales; y [..., N]. Saved for the backward: codes, scales and
-    clip masks, 0.656 bytes an element; never x or the weight themselves.
+    clip masks, 0.656 bytes an element; never x or the weight themselves. With both, the weight is not read: it only
+    gets its gradient, as :func:`finish_gradient` takes it.
     """
 
     @staticmethod
@@ -134,11 +136,12 @@ class _QuartetLinear(torch.autograd.Function):
         project = _project if torch.compiler.is_compiling() or x.is_inference() else _last_input.project
         x_packed, x_mask, a = project(x, config, need_dx and clips)
         w_mask = None
-        if weight is not None:
+        ctx.finished = packed is None
+        if packed is None:
+            assert weight is not None
             project_weight = _project if torch.compiler.is_compiling() else weight_window.project
             packed, w_mask, b = project_weight(weight, config, need_dw and clips)
         else:
-            assert packed is not None
             data, scale = ops.expand(*packed, _compute_dtype(x), config.backend)
             b = (data, scale) if data.dim() == 2 else packed
         factor = forward_factor(config)
@@ -169,10 +172,11 @@ class _QuartetLinear(torch.autograd.Function):
         dx = dw = db = None
         dy = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype, transpose=False)
+            dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype)
             dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dw = _gradient(ctx.config, dy, x_codes, x_scales, w_mask, seed, signs_dw, ctx.weight_dtype, transpose=True)
+            out = (w_mask, seed, signs_dw, ctx.weight_dtype)
+            dw = _gradient(ctx.config, dy, x_codes, x_scales, *out, transpose=True, finish=ctx.finished)
         if ctx.needs_input_grad[3]:
             db = dy.sum(0, dtype=_compute_dtype(dy)).to(ctx.bias_dtype)
         return dx, dw, None, db, None, None, None, None
@@ -187,10 +191,11 @@ def _gradient(
     seed: Tensor | None,
     signs: Tensor | None,
     out_dtype: torch.dtype,
-    transpose: bool,
+    transpose: bool = False,
+    finish: bool = True,
 ) -> Tensor:
     """dX = dY Wq from the weight's codes, or (transpose) dW = dY^T Xq from the input's; masked and rotated back."""
-    transform = (config.transform_init, config.hadamard_group_size)
+    transform = (config.transform_init, config.hadamard_group_size) if finish else ("identity", GROUP_SIZE)
     factor = forward_factor(config)
     if config.backward_dtype == "bf16":
         return ops.matmul_bf16(
@@ -207,6 +212,28 @@ def _gradient(
     return ops.matmul(*a, *b, factor, None, mask, *transform, out_dtype, config.accumulation, backend)
 
 
+def finish_gradient(gradient: Tensor, weight: Tensor, config: QuartetConfig) -> Tensor:
+    """A gradient that ``quartet_linear(..., master=...)`` gave, masked and rotated back: that of the weight itself.
+
+    It is linear and works row by row, so it may follow a sum over micro-batches or ranks, on any rows of the two.
+
+    Args:
+        gradient: float [N, K], in the rotated basis, not clipped.
+        weight: float [N, K], what the packed weight was quantised from.
+        config: That of the layer.
+
+    Returns:
+        [N, K] in the gradient's dtype.
+    """
+    mask = None
+    if config.forward_method == "quest":
+        _, mask, _ = _project(weight, config, True)
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, weight.device)
+    backend = select_backend(config.backend, weight.device, weight.dtype)
+    wide = gradient.to(_compute_dtype(gradient))
+    return backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -218,7 +245,13 @@ def _constant_seed(seed: int, device: torch.device) -> Tensor:
         return torch.tensor(make_seed(seed), dtype=torch.int64, device=device)
 
 
-def _check(x: Tensor, weight: Tensor | MXFP4Tensor, bias: Tensor | None, config: QuartetConfig) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor | MXFP4Tensor,
+    bias: Tensor | None,
+    config: QuartetConfig,
+    master: Tensor | None = None,
+) -> None:
     if not isinstance(config, QuartetConfig):
         raise TypeError(f"config is a {type(config).__name__}; pass a QuartetConfig.")
     if len(weight.shape) != 2:
@@ -241,6 +274,11 @@ def _check(x: Tensor, weight: Tensor | MXFP4Tensor, bias: Tensor | None, config:
             raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64.")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{out_features}].")
+    if master is not None and (not isinstance(weight, MXFP4Tensor) or master.shape != weight.shape):
+        raise ValueError(
+            f"master has shape {tuple(master.shape)}; it goes with a packed weight and has its shape, "
+            f"{tuple(weight.shape)}."
+        )
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -254,6 +292,7 @@ def quartet_linear(
     config: QuartetConfig,
     seed: Tensor | int | None = None,
     signs: tuple[Tensor, Tensor] | None = None,
+    master: Tensor | None = None,
 ) -> Tensor:
     """A linear layer whose three matrix products run in MXFP4 (arXiv 2505.14669, App. A.1); differentiable once.
 
@@ -266,6 +305,8 @@ def quartet_linear(
         seed: int64 [3] on x's device, ``(layer << 32 | seed, step, rank << 16 | micro_batch)``; copied, so it may be
             advanced in place before the backward. An int n means (n, 0, 0), None means (config.seed, 0, 0).
         signs: Two float32 [32] of +-1, for dX and for dW, instead of those that the seed would draw.
+        master: With a packed weight, a float tensor of its shape that gets the weight's gradient, in the rotated basis
+            and not clipped, for :func:`quartet_kernels.linear.finish_gradient`; its values are not read.
 
     Returns:
         [..., out_features] in x's dtype, or in autocast's where that is on.
@@ -276,14 +317,18 @@ def quartet_linear(
         RuntimeError: If the chosen backend cannot run on x's device, or a seed that is not a tensor is used while a
             CUDA graph is captured.
     """
-    _check(x, weight, bias, config)
+    _check(x, weight, bias, config, master)
     if not torch.compiler.is_compiling():  # there the operators' fake kernels ask, without being traced
         select_backend(config.backend, x.device, x.dtype)
     out_dtype = x.dtype
     if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
 
-    master, packed = (None, (weight.codes, weight.scales)) if isinstance(weight, MXFP4Tensor) else (weight, None)
+    packed = None
+    if isinstance(weight, MXFP4Tensor):
+        packed = weight.codes, weight.scales
+    else:
+        master = weight
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (master is not None and master.requires_grad))
     random = config.randomize_backward and signs is None or config.backward_rounding == "stochastic"
     if needs_grad and random and config.backward_dtype == "mxfp4":

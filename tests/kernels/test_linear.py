@@ -20,7 +20,7 @@ from quartet_kernels import (
     reference,
     unpack_mask,
 )
-from quartet_kernels.linear import forward_factor, weight_window
+from quartet_kernels.linear import finish_gradient, forward_factor, weight_window
 from quartet_kernels.philox import draw_signs, make_seed
 from quartet_kernels.rotation import rotation_matrix
 
@@ -326,6 +326,22 @@ def test_packed_weights_give_the_same_output_and_input_gradient():
         assert torch.equal(x.grad, dx)
 
 
+@pytest.mark.parametrize("rows", [(0, 32), (8, 19), (5, 5)])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_master_of_a_packed_weight_gets_a_gradient_that_can_be_finished_by_rows(config, rows):
+    torch.manual_seed(0)
+    x, weight, dy = torch.randn(40, 128), torch.randn(32, 128), torch.randn(40, 32)
+    y, dx, dw = gradients(x, weight, config, dy, seed=1)
+    x.requires_grad_()
+    master = torch.full_like(weight, math.nan).requires_grad_()  # never read
+    again = quartet_linear(x, quantize_mxfp4(weight, config=config), config=config, seed=1, master=master)
+    again.backward(dy)
+    assert torch.equal(again, y)
+    assert torch.equal(x.grad, dx)
+    rows = slice(*rows)
+    torch.testing.assert_close(finish_gradient(master.grad[rows], weight[rows], config), dw[rows], rtol=1e-6, atol=1e-5)
+
+
 def test_matmul_of_packed_tensors():
     torch.manual_seed(0)
     a = quantize_mxfp4(torch.randn(33, 96), config=QuartetConfig(forward_method="abs_max"))
@@ -357,6 +373,7 @@ def test_matmul_of_packed_tensors():
         ({"seed": torch.zeros(3)}, ValueError, r"int64 \[3\]"),
         ({"seed": -1}, ValueError, "seed of a random stream"),
         ({"signs": (torch.ones(32), torch.ones(31))}, ValueError, r"float32 \[32\]"),
+        ({"master": torch.zeros(32, 64)}, ValueError, "goes with a packed weight"),
         ({"config": QuartetConfig(backend="fp8")}, RuntimeError, "cannot run on cpu"),
     ],
 )

@@ -32,6 +32,7 @@ def make_backend(name: str) -> Backend:
         expand=expand,
         matmul=multiply,
         matmul_bf16=matmul_bf16,
+        unrotate=matmul.unrotate,
         empty_operand=empty_operand,
         packed=name == "triton",
     )

@@ -1,0 +1,298 @@
+"""QuartetFSDP: fully sharded training (FSDP2) that sends weights as 4-bit codes."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_quartet.callbacks import QuartetQAT
+from lightning_quartet.gathered import ShardedWeight
+from lightning_quartet.linear import QuartetLinear
+from lightning_quartet.packed import PackedQuartetLinear
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class QuartetFSDP(ModelParallelStrategy):
+    """FSDP2 for Quartet models: ``Trainer(strategy="quartet_fsdp", callbacks=[QuartetQAT()])``.
+
+    Parameters, gradients and optimizer states are sharded over all GPUs. Before a block runs, each GPU quantises its
+    own rows of the block's QuartetLinear weights and sends them as MXFP4 codes, 0.53 bytes an element; other
+    parameters are sent as FSDP2 always does, in bfloat16 under ``bf16-mixed``. The master weights stay what they are:
+    float32, or bfloat16 under ``bf16-true``. The model needs no ``configure_model``; one that has it may build layers
+    there, also on the ``meta`` device, and must not shard them.
+
+    Args:
+        block_classes: Names of the classes whose modules are gathered and freed as one; ``None`` means the members of
+            the outermost ``nn.ModuleList``, or ``nn.Sequential`` of one class, that have layers inside. What is in no
+            block is gathered once a step.
+        packed: Send QuartetLinear weights as 4-bit codes; ``False`` sends them like all others.
+        reshard_after_forward: Free a block's weights after its forward and gather them again for the backward;
+            ``False`` keeps them.
+        reduce_dtype: The precision in which gradients are summed over the GPUs.
+        reduce_every_batch: While gradients accumulate over several batches, sum them over the GPUs after each one.
+            ``False`` sums once before the optimizer step: less traffic, but every GPU holds a whole gradient till then.
+        save_distributed_checkpoint: Save a folder with a file for each rank; ``False`` saves one file.
+        process_group_backend: Of ``torch.distributed``; ``None`` chooses by device.
+        timeout: Of collective operations.
+
+    Raises:
+        ValueError: If ``reduce_dtype`` is unknown.
+        MisconfigurationException: In ``setup``, for a model or callback that it cannot work with.
+    """
+
+    def __init__(
+        self,
+        block_classes: Sequence[str] | None = None,
+        packed: bool = True,
+        reshard_after_forward: bool = True,
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        reduce_every_batch: bool = False,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        if reduce_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"QuartetFSDP: reduce_dtype is {reduce_dtype!r}; choose 'float32' or 'bfloat16'.")
+        self.block_classes = None if block_classes is None else tuple(block_classes)
+        self.packed = packed
+        self.reshard_after_forward = reshard_after_forward
+        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self.reduce_every_batch = reduce_every_batch
+
+    # Set-up ----------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.model is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if self.packed:
+            _check_phases(trainer)
+        # Tensors that a gathered weight is made of live on: made in inference mode, no later training could use them.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+
+        self.model = self.precision_plugin.convert_module(self.model)
+        self._shard(self.model)
+        _materialize_distributed_module(self.model, self.root_device)
+        self.model_to_device()
+        self.barrier()
+
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import (
+            FSDPModule,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        if isinstance(model, FSDPModule):
+            return  # by an earlier fit or validation
+        if any(isinstance(module, FSDPModule) or _is_sharded(module) for module in model.modules()):
+            raise MisconfigurationException(
+                f"{type(model).__name__} shards its layers itself; choose ModelParallelStrategy, or leave the sharding "
+                "to QuartetFSDP."
+            )
+        blocks = find_blocks(model, self.block_classes)
+        _check_ties(model, blocks)
+        if self.packed:
+            _pack_when_gathered(model)
+
+        param_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        mesh = self.device_mesh["data_parallel"]
+        policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
+        # The root sees whole batches, whose floats (targets, say) are not ours to cast. It keeps its parameters:
+        # they are used before and after all blocks.
+        policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype, cast_forward_inputs=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        # Lightning calls the steps without going through __call__, where FSDP2 gathers.
+        for name in _STEPS:
+            if is_overridden(name, self.lightning_module):
+                register_fsdp_forward_method(model, name)
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None
+        self.pre_backward(closure_loss)
+        loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        with self._finish_gradients():
+            self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        loss = self.precision_plugin.post_backward(loss, self.lightning_module)
+        self.post_backward(loss)
+        return loss
+
+    @contextmanager
+    def _finish_gradients(self) -> Generator[None, None, None]:
+        """Around a backward: mask and rotate back what it adds to the shards' gradients, and only that."""
+        assert self.model is not None
+        before = []
+        for weight, _ in _sharded_weights(self.model):
+            before.append(weight.grad)
+            weight.grad = None
+        yield
+        for (weight, shard), old in zip(_sharded_weights(self.model), before, strict=True):
+            if weight.grad is None:
+                weight.grad = old
+                continue
+            with torch.no_grad():
+                shard.finish_gradient(weight.grad._local_tensor)  # type: ignore[attr-defined]
+                if old is not None:
+                    weight.grad += old
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Around batches after which no optimizer step follows."""
+        if self.reduce_every_batch:
+            yield
+            return
+        self._set_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._set_gradient_sync(True)
+
+    def _set_gradient_sync(self, enabled: bool) -> None:
+        self.model.set_requires_gradient_sync(enabled)  # type: ignore[union-attr,operator]
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state dict, of plain tensors or of DTensors of them: no class of this package gets into checkpoints."""
+        return {name: _plain(value) for name, value in super().lightning_module_state_dict().items()}
+
+
+def find_blocks(model: nn.Module, classes: Sequence[str] | None = None) -> list[nn.Module]:
+    """The modules to gather and free as one, see :class:`QuartetFSDP`.
+
+    Raises:
+        MisconfigurationException: If there is no module of one of the classes.
+    """
+    if classes is None:
+        return list(dict.fromkeys(_repeated(model)))
+    names = {_unwrapped(module): module for module in model.modules()}
+    for name in classes:
+        if not any(type(inner).__name__ == name for inner in names):
+            raise MisconfigurationException(
+                f"QuartetFSDP: block_classes has {name!r}, but {type(model).__name__} has no module of a class of that "
+                "name; correct it or leave block_classes out."
+            )
+    return [module for inner, module in names.items() if type(inner).__name__ in classes and module is not model]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile or activation checkpointing wraps."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        inner = module._modules.get(name)
+        if inner is not None:
+            return _unwrapped(inner)
+    return module
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        members = [member for member in child.children() if any(True for _ in member.parameters())]
+        with_layers = len(members) > 1 and all(any(True for _ in member.children()) for member in members)
+        alike = len({type(_unwrapped(member)) for member in members}) == 1
+        if with_layers and (isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and alike)):
+            yield from members
+        else:
+            yield from _repeated(child)
+
+
+def _check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """A parameter belongs to one block, or to none."""
+    owner: dict[nn.Module, int] = {}
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            owner[module] = number  # an inner block comes after the one around it
+    owners: dict[nn.Parameter, int] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            number = owner.get(module, -1)
+            if owners.setdefault(parameter, number) != number:
+                raise MisconfigurationException(
+                    f"{name}.{key} is a parameter of another block too, and FSDP2 cannot shard it twice; untie it or "
+                    "name a class around both in QuartetFSDP(block_classes=...)."
+                )
+
+
+def _pack_when_gathered(model: nn.Module) -> None:
+    """Make the weights that one QuartetLinear layer owns alone into ones that are gathered packed."""
+    owners: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = owners.get(parameter, 0) + 1
+    for layer in model.modules():
+        if isinstance(layer, QuartetLinear) and not isinstance(layer, PackedQuartetLinear):
+            weight = layer.weight
+            assert isinstance(weight, nn.Parameter)  # for the type checker
+            if owners[weight] == 1:
+                shard = ShardedWeight(weight.detach(), layer.out_features, layer.quartet_config)
+                layer.weight = nn.Parameter(shard, weight.requires_grad)
+
+
+def _sharded_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, ShardedWeight]]:
+    """The parameters, DTensors, that are gathered packed, and their local tensors."""
+    for parameter in model.parameters():
+        local = getattr(parameter, "_local_tensor", None)
+        if isinstance(local, ShardedWeight):
+            yield parameter, local
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(hasattr(parameter, "_local_tensor") for parameter in module.parameters(recurse=False))
+
+
+def _plain(value: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    local = value._local_tensor if isinstance(value, DTensor) else value
+    if not isinstance(local, ShardedWeight):
+        return value
+    if not isinstance(value, DTensor):
+        return local.plain
+    return DTensor.from_local(
+        local.plain, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def _check_phases(trainer: pl.Trainer) -> None:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, QuartetQAT) and (callback.start_step > 0 or callback.end_step is not None):
+            raise MisconfigurationException(
+                f"QuartetQAT(start_step={callback.start_step}, end_step={callback.end_step}) has steps in high "
+                "precision, and QuartetFSDP sends only 4-bit weights; choose QuartetFSDP(packed=False)."
+            )

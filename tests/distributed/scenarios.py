@@ -1,0 +1,177 @@
+"""What the processes run, and the one process that they are compared with."""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.data import DataLoader
+
+from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetQAT
+
+warnings.filterwarnings("ignore", module="lightning")
+EXACT = QuartetConfig(randomize_backward=False)
+TOKENS = 32  # of a sample: a rank's share is a multiple of 32
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.relu(self.up(self.norm(x))))
+
+
+class Net(pl.LightningModule):
+    """Two residual blocks between an embedding and a head of one linear layer; the loss is a regression's.
+
+    Args:
+        hidden: Width inside the blocks.
+        frozen: Whether the first block's ``up`` is frozen.
+        checkpointing: Whether the blocks' activations are computed again in the backward.
+        compiled: Whether the blocks are compiled.
+        optimizer: Name of a class of ``torch.optim``.
+        lr: Its learning rate.
+        meta: Whether ``configure_model`` makes the layers, on the ``meta`` device.
+    """
+
+    def __init__(
+        self,
+        hidden: int = 64,
+        frozen: bool = False,
+        checkpointing: bool = False,
+        compiled: bool = False,
+        optimizer: str = "SGD",
+        lr: float = 5e-3,
+        meta: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hidden, self.frozen, self.checkpointing, self.compiled = hidden, frozen, checkpointing, compiled
+        self.optimizer, self.lr, self.meta = optimizer, lr, meta
+        self.losses: list[float] = []
+        self.seeds: list[list[int]] = []
+        self.blocks: nn.ModuleList | None = None
+        if not meta:
+            self.build()
+
+    def build(self) -> None:
+        torch.manual_seed(5)
+        self.embedding = nn.Linear(8, 32)
+        blocks = [Block(32, self.hidden) for _ in range(2)]
+        blocks[0].up.requires_grad_(not self.frozen)
+        if self.checkpointing:
+            blocks = [checkpoint_wrapper(block) for block in blocks]
+        if self.compiled:
+            for block in blocks:
+                block.compile(backend="aot_eager")
+        self.blocks = nn.ModuleList(blocks)
+        self.lm_head = nn.Linear(32, 8)
+
+    def configure_model(self) -> None:
+        if self.blocks is None:
+            with torch.device("meta"):
+                self.build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self(batch) - batch.roll(1, -1)).square().mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append(loss.item())
+        layers = [module for module in self.modules() if isinstance(module, QuartetLinear)]
+        self.seeds.append(layers[-1]._quartet_seed.tolist() if layers else [])
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return getattr(torch.optim, self.optimizer)(parameters, lr=self.lr)
+
+
+class ShardedNet(Net):
+    """Shards itself, for ModelParallelStrategy."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+        torch.distributed.fsdp.register_fsdp_forward_method(self, "training_step")
+
+
+GLOBAL_BATCH = 4
+
+
+def make_trainer(world_size: int, strategy: Any, steps: int, **options: Any) -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    options = {"callbacks": [QuartetQAT(EXACT)], "max_steps": steps, **quiet, **options}
+    options["use_distributed_sampler"] = False
+    return pl.Trainer(accelerator="cpu", devices=world_size, strategy=strategy, **options)
+
+
+def batches(world_size: int, steps: int) -> DataLoader:
+    """Samples [32, 8]; rank r of n gets every n-th, so that global batches are the same for all n."""
+    data = torch.randn(GLOBAL_BATCH * steps, TOKENS, 8, generator=torch.Generator().manual_seed(7))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    return DataLoader(data[rank::world_size], batch_size=GLOBAL_BATCH // world_size)
+
+
+def train(
+    world_size: int = 2,
+    strategy: str = "auto",
+    steps: int = 3,
+    model: dict[str, Any] | None = None,
+    config: QuartetConfig = EXACT,
+    fsdp: dict[str, Any] | None = None,
+    kind: Callable[..., Net] = Net,
+    data_steps: int | None = None,
+    save: str | None = None,
+    resume: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train; the losses are those of this rank."""
+    net = kind(**(model or {}))
+    chosen: Any = QuartetFSDP(**fsdp) if fsdp is not None else strategy
+    if strategy == "fsdp2":
+        chosen = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    trainer = make_trainer(world_size, chosen, steps, callbacks=[QuartetQAT(config)], **options)
+    trainer.fit(net, batches(world_size, data_steps or steps), ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return {
+        "losses": net.losses,
+        "seeds": net.seeds,
+        "logged": trainer.logged_metrics,
+        "weights": full(net.state_dict()),
+        "strategy": type(trainer.strategy).__name__,
+    }
+
+
+def full(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Plain tensors, gathered from all ranks."""
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+        for name, value in state.items()
+    }
+
+
+def mean_losses(results: Sequence[dict[str, Any]]) -> Tensor:
+    return torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
