@@ -329,6 +329,7 @@ def test_copies_are_independent(how):
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     assert isinstance(other[0], QuartetLinear)
+    assert other[0]._quartet_seed.untyped_storage().nbytes() == 24  # its own numbers, not the table of all layers
     assert other[0]._quartet_seed.tolist() == [0, 1, 0]
     set_quartet_step(model, 8)
     assert other[0]._quartet_seed.tolist() == [0, 1, 0]
