@@ -71,3 +71,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     keep = ~expected.isnan()
     expected = expected[keep]
     return ((actual[keep].double() - expected).norm() / expected.norm().clamp_min(1e-300)).item() if keep.any() else 0.0
+
+
+def fp8_operand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The FP8 operand of a packed one in plain PyTorch: float8_e5m2 [rows, length], float32 [rows]."""
+    finite = scales != 255
+    values = decode(codes, torch.where(finite, scales, 0), torch.float64)
+    used = finite & (values.unflatten(1, (-1, 32)) != 0).any(-1) if values.numel() else finite
+    exponent = torch.where(used, scales.long() - 127, -1000)
+    exponent = torch.cat((exponent, exponent.new_full((len(scales), 1), -1000)), 1).amax(1)
+    scale = torch.where(exponent == -1000, 1.0, torch.exp2(exponent.clamp_min(-113) - 13.0))
+    data = torch.where(finite.repeat_interleave(32, 1), values / scale[:, None], 0.0)
+    return data.to(torch.float8_e5m2), torch.where(finite.all(1), scale, torch.nan).float()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gemm_cases import ROUNDING, Case, make_case, operand, relative_error
+from gemm_cases import ROUNDING, Case, fp8_operand, make_case, operand, relative_error
 
 from quartet_kernels.mxfp4 import decode
 
@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels")
 
 from quartet_kernels.triton import fp8_matmul, matmul, native_matmul  # noqa: E402
-from quartet_kernels.triton.expand import expand  # noqa: E402
 
 PRODUCTS = ("packed", "native", "fast", "precise", "pointer")
 
@@ -27,7 +26,7 @@ def product(which: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Te
         return module.matmul(case.a, case.a_scales, case.b, case.b_scales, **case.epilogue)
     if which == "pointer":
         monkeypatch.setattr(fp8_matmul, "has_tma", lambda device: False)
-    a, b = expand(case.a, case.a_scales), expand(case.b, case.b_scales)
+    a, b = fp8_operand(case.a, case.a_scales), fp8_operand(case.b, case.b_scales)
     return fp8_matmul.matmul(*a, *b, **case.epilogue, accumulation="fast" if which == "fast" else "precise")
 
 
@@ -114,7 +113,7 @@ def test_operands_of_any_layout(which: str, generator, monkeypatch) -> None:
 
 def test_fp8_operand_that_is_not_aligned(generator) -> None:
     case = make_case(generator, 40, 64, 64, out_dtype=torch.float32)
-    (a, a_scale), b = expand(case.a, case.a_scales), expand(case.b, case.b_scales)
+    (a, a_scale), b = fp8_operand(case.a, case.a_scales), fp8_operand(case.b, case.b_scales)
     shifted = torch.empty(a.numel() + 1, dtype=a.dtype)[1:].view_as(a)
     shifted.view(torch.uint8).copy_(a.view(torch.uint8))
     assert not fp8_matmul.aligned(shifted)

@@ -11,8 +11,8 @@ import triton.language as tl
 from .matmul import empty_product, epilogue_arguments, finish, tile_of
 
 BLOCK_M, BLOCK_N, BLOCK_K, WARPS = 128, 128, 128, 8
-"""One tile for all. What gives FP4 instructions: on 10.x a BLOCK_M that is a multiple of 128 and 4 or 8 warps, everywhere
-BLOCK_K of 64 or more. 12.x spills with fewer warps or wider tiles; 10.x has tensor memory for two such programs."""
+"""One tile for all. What gives FP4 instructions: on 10.x a BLOCK_M that is a multiple of 128, and 4 or 8 warps;
+everywhere BLOCK_K of 64 or more. 12.x spills with fewer warps or wider tiles; 10.x has room for two programs."""
 
 
 @triton.jit
