@@ -128,10 +128,10 @@ def convert(
         raise TypeError(f"convert_to_quartet needs an nn.Module, not {type(module).__name__}.")
     config = resolve_config(config)
     given = resolve_patterns(modules_to_not_convert)
-    names = _all_names(module)
+    names = layer_names(module)
     if complete:
         for pattern in given or ():
-            if not any(_matches(name, pattern) for aliases in names.values() for name in aliases):
+            if not any(matches(name, pattern) for aliases in names.values() for name in aliases):
                 raise ValueError(
                     f"modules_to_not_convert has {pattern!r}, which matches no module of {type(module).__name__}; "
                     "correct the pattern or leave it out."
@@ -200,9 +200,9 @@ class _Plan:
     def _reason(self, layer: nn.Linear, aliases: list[str]) -> str | None:
         """Why a layer stays as it is, or ``None``."""
         for pattern in self.patterns:
-            if any(_matches(name, pattern) for name in aliases):
+            if any(matches(name, pattern) for name in aliases):
                 return f"matches {pattern!r}"
-        if any(_matches(name, pattern) for name in aliases for pattern in _LORA_ADAPTERS):
+        if any(matches(name, pattern) for name in aliases for pattern in _LORA_ADAPTERS):
             return "a LoRA adapter"
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention uses its weight without calling it"
@@ -218,7 +218,7 @@ class _Plan:
         return reason
 
 
-def _all_names(root: nn.Module) -> dict[nn.Module, list[str]]:
+def layer_names(root: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all its names (a shared module has several), without the components that wrappers add."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
@@ -227,7 +227,8 @@ def _all_names(root: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a run of whole components anywhere in a name, or as wildcards the whole name."""
     parts, wanted = name.split("."), pattern.split(".")
     runs = (parts[i : i + len(wanted)] for i in range(len(parts) - len(wanted) + 1))
     return fnmatchcase(name, pattern) or any(all(map(fnmatchcase, run, wanted)) for run in runs)

@@ -144,9 +144,7 @@ class QuartetQAT(Callback):
             )
         plugin = strategy.precision_plugin
         if isinstance(plugin, _Routing):
-            raise MisconfigurationException(
-                "The Trainer has two QuartetQAT callbacks; keep one."
-            )
+            raise MisconfigurationException("The Trainer has two QuartetQAT callbacks; keep one.")
         if isinstance(plugin, QuartetPrecision):
             if plugin.config is not None and plugin.config != self.config:
                 raise MisconfigurationException(

@@ -15,8 +15,9 @@ FIT = ["fit", "--model=toy.Toy", "--trainer.accelerator=cpu", "--trainer.max_ste
 
 
 @pytest.fixture
-def built(monkeypatch):
+def built(monkeypatch, tmp_path):
     """The LightningCLI objects that main made."""
+    monkeypatch.chdir(tmp_path)  # a run without a logger leaves its config.yaml where it began
     made = []
 
     class Recording(cli.LightningCLI):
