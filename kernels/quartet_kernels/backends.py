@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -85,35 +86,65 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def _needs_cuda(device: torch.device, minimum: tuple[int, int], what: str) -> str | None:
-    capability = _capability(device)
-    if interpreting() and device.type == "cpu":
+def _amd_architecture(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is None:
         return None
-    if capability is None:
-        return f"needs {what}, and {device.type} is not one"
-    if capability < minimum:
-        return f"needs {what}, and this GPU has compute capability {capability[0]}.{capability[1]}"
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+
+
+def _triton_version() -> tuple[int, int]:
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
+
+
+def _other_device(device: torch.device, needed: str) -> str:
+    capability, architecture = _capability(device), _amd_architecture(device)
+    if capability is not None:
+        return f"needs {needed}, and this GPU has compute capability {capability[0]}.{capability[1]}"
+    return f"needs {needed}, and this GPU is {architecture}" if architecture else f"needs {needed}, not {device.type}"
+
+
+def _triton_on(device: torch.device) -> str | None:
+    if (_capability(device) or (0, 0)) >= (8, 0) or _amd_architecture(device):
+        return None
+    return _other_device(device, "an AMD GPU or a CUDA GPU of compute capability 8.0 or newer")
+
+
+def _bf16_on(device: torch.device) -> str | None:
+    if (_capability(device) or (0, 0)) >= (8, 0):
+        return None
+    return _other_device(device, "a CUDA GPU of compute capability 8.0 or newer")
+
+
+def _fp8_on(device: torch.device) -> str | None:
+    if _capability(device) in ((8, 9), (9, 0)):
+        return None
+    return _other_device(device, "a CUDA GPU with FP8 and without FP4 units (compute capability 8.9 or 9.0)")
+
+
+def _native_on(device: torch.device) -> str | None:
+    capability, architecture = _capability(device), _amd_architecture(device)
+    if (capability or (0, 0)) < (10, 0) and architecture != "gfx950":
+        return _other_device(device, "FP4 units (compute capability 10.0 or newer, or gfx950)")
+    if (capability == (12, 1) or architecture == "gfx950") and _triton_version() < (3, 9):
+        return "needs triton 3.9 or newer on this GPU, which earlier versions give no FP4 instructions"
     return None
 
 
-def _fp8_missing(device: torch.device) -> str | None:
-    missing = _needs_cuda(device, (8, 9), "a GPU with FP8 tensor cores (compute capability 8.9 or 9.0)")
-    capability = _capability(device)
-    if missing is None and capability is not None and capability >= (10, 0):
-        return "is for GPUs without FP4 units; this one has them: use backend 'native'"
-    return missing
-
-
 _REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
-    "triton": lambda device: _needs_cuda(device, (8, 0), "a CUDA GPU of compute capability 8.0 or newer"),
-    "bf16": lambda device: _needs_cuda(device, (8, 0), "a CUDA GPU of compute capability 8.0 or newer"),
-    "fp8": _fp8_missing,
+    "native": _native_on,
+    "fp8": _fp8_on,
+    "bf16": _bf16_on,
+    "triton": _triton_on,
 }
+"""Backends other than the reference, the fastest first: what each lacks on a device, or None where it runs."""
 
 
 def _missing(name: str, device: torch.device) -> str | None:
     if name == "reference":
         return None
+    if interpreting() and device.type == "cpu":
+        return _triton_missing()
     return _triton_missing() or _REQUIREMENTS[name](device)
 
 
@@ -133,10 +164,9 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
 @functools.lru_cache(maxsize=256)
 def _automatic(device: torch.device) -> str:
-    for name in ("fp8", "bf16"):
-        if device.type != "cpu" and name in _REQUIREMENTS and _missing(name, device) is None:
-            return name
-    return "reference"
+    if device.type == "cpu":
+        return "reference"
+    return next((name for name in _REQUIREMENTS if _missing(name, device) is None), "reference")
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from quartet_kernels import RECIPES, MXFP4Tensor, QuartetConfig, available_backends, quantize_mxfp4, unpack_mask
+from quartet_kernels import (
+    RECIPES,
+    MXFP4Tensor,
+    QuartetConfig,
+    available_backends,
+    backends,
+    quantize_mxfp4,
+    unpack_mask,
+)
 from quartet_kernels import mxfp4 as fmt
 from quartet_kernels.backends import load_backend, select_backend
 from quartet_kernels.philox import draw_signs, make_seed, philox4x32, random_bytes
@@ -177,7 +185,7 @@ def test_numbers_too_large_for_a_random_stream_are_refused(name, value):
 def test_backends_say_why_they_can_run_or_not():
     reasons = available_backends("cpu")
     assert reasons["reference"] == "can run; chosen for cpu"
-    assert set(reasons) >= {"reference", "triton", "fp8", "bf16"}
+    assert set(reasons) == {"reference", "triton", "fp8", "bf16", "native"}
     with pytest.raises(ValueError, match="no backend 'nothing'"):
         load_backend("nothing")
     with pytest.raises(RuntimeError, match="no float64"):
@@ -186,7 +194,7 @@ def test_backends_say_why_they_can_run_or_not():
 
 def test_a_backend_that_cannot_run_says_what_it_needs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert available_backends("cpu")["fp8"].startswith("cannot run: it needs a GPU with FP8")
+    assert available_backends("cpu")["fp8"].startswith("cannot run: it needs a CUDA GPU with FP8")
     with pytest.raises(RuntimeError, match="Backend 'fp8' cannot run on cpu: it needs .*; use backend='auto'"):
         quantize_mxfp4(torch.zeros(1, 32), backend="fp8")
 
@@ -195,3 +203,35 @@ def test_an_environment_variable_overrides_auto(monkeypatch):
     monkeypatch.setenv("QUARTET_BACKEND", "triton")
     assert select_backend("auto", torch.device("cpu"), torch.float32).name == "triton"
     assert select_backend("reference", torch.device("cpu"), torch.float32).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "triton", "chosen"),
+    [
+        ((7, 5), None, (3, 8), "reference"),
+        ((8, 0), None, (3, 8), "bf16"),
+        ((8, 6), None, (3, 8), "bf16"),
+        ((8, 9), None, (3, 6), "fp8"),
+        ((9, 0), None, (3, 6), "fp8"),
+        ((10, 0), None, (3, 6), "native"),
+        ((10, 3), None, (3, 6), "native"),
+        ((12, 0), None, (3, 6), "native"),
+        ((12, 1), None, (3, 8), "bf16"),
+        ((12, 1), None, (3, 9), "native"),
+        (None, "gfx950", (3, 9), "native"),
+        (None, "gfx950", (3, 8), "triton"),
+        (None, "gfx942", (3, 9), "triton"),
+    ],
+)
+def test_each_gpu_gets_its_fastest_backend(capability, architecture, triton, chosen, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_amd_architecture", lambda device: architecture)
+    monkeypatch.setattr(backends, "_triton_version", lambda: triton)
+    backends._automatic.cache_clear()
+    try:
+        reasons = available_backends("cuda")
+    finally:
+        backends._automatic.cache_clear()
+    assert [name for name, reason in reasons.items() if "chosen" in reason] == [chosen]
+    assert all(reason.startswith("can run") or " needs " in reason for reason in reasons.values())

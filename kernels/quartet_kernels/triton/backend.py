@@ -1,13 +1,14 @@
 """The Triton backends as sets of functions: they differ in the operands that their GEMM reads."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
 from ..reference import Operand
-from . import fp8_matmul, matmul
+from . import fp8_matmul, matmul, native_matmul
 from .expand import expand as expand_fp8
 from .quantize import quantize_backward, quantize_forward
 from .requantize import requantize
@@ -17,13 +18,15 @@ FAST_ACCUMULATION = 16384
 
 
 def make_backend(name: str) -> Backend:
-    """Backend ``triton`` multiplies packed operands, ``fp8`` and ``bf16`` exact copies of them in those formats."""
-    operand = {"triton": "packed", "fp8": "fp8", "bf16": "bf16"}[name]
-    multiply, expand, empty_operand = {
-        "triton": (_matmul_packed, _expand_packed, _empty_packed),
-        "fp8": (_matmul_fp8, _expand_fp8, _empty_fp8),
-        "bf16": (_matmul_dense, _expand_bf16, _empty_bf16),
-    }[name]
+    """``native`` and ``triton`` multiply packed operands, ``fp8`` and ``bf16`` exact copies in those formats."""
+    multiply: Callable[..., Tensor]
+    if name in ("native", "triton"):
+        operand, expand, empty_operand = "packed", _expand_packed, _empty_packed
+        multiply = functools.partial(_matmul_packed, native_matmul.matmul if name == "native" else matmul.matmul)
+    elif name == "fp8":
+        operand, expand, empty_operand, multiply = "fp8", _expand_fp8, _empty_fp8, _matmul_fp8
+    else:
+        operand, expand, empty_operand, multiply = "bf16", _expand_bf16, _empty_bf16, _matmul_dense
     return Backend(
         name=name,
         quantize_forward=functools.partial(quantize_forward, operand=operand),
@@ -34,7 +37,7 @@ def make_backend(name: str) -> Backend:
         matmul_bf16=matmul_bf16,
         unrotate=matmul.unrotate,
         empty_operand=empty_operand,
-        packed=name == "triton",
+        packed=operand == "packed",
     )
 
 
@@ -68,6 +71,7 @@ def _expand_bf16(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.fl
 
 
 def _matmul_packed(
+    product: Callable[..., Tensor],
     a: Tensor,
     a_scale: Tensor,
     b: Tensor,
@@ -80,7 +84,7 @@ def _matmul_packed(
     out_dtype: torch.dtype,
     accumulation: str = "auto",
 ) -> Tensor:
-    return matmul.matmul(a, a_scale, b, b_scale, alpha=alpha, bias=bias, mask=mask, matrix=matrix, out_dtype=out_dtype)
+    return product(a, a_scale, b, b_scale, alpha=alpha, bias=bias, mask=mask, matrix=matrix, out_dtype=out_dtype)
 
 
 def _matmul_fp8(
