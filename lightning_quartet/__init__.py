@@ -1,6 +1,6 @@
 """Train with MXFP4 matrix products, forward and backward: Quartet (arXiv 2505.14669) for PyTorch Lightning."""
 
-from lightning_quartet.callbacks import QuartetQAT
+from lightning_quartet.callbacks import QuartetMonitor, QuartetQAT
 from lightning_quartet.convert import ConversionReport, convert_to_quartet, revert_from_quartet
 from lightning_quartet.linear import QuartetLinear, set_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear, pack_quartet
@@ -16,6 +16,7 @@ __all__ = [
     "QuartetConfig",
     "QuartetFSDP",
     "QuartetLinear",
+    "QuartetMonitor",
     "QuartetPrecision",
     "QuartetQAT",
     "convert_to_quartet",

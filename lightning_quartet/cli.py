@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 TOOLS = {
     "bench": ("quartet_kernels.__main__", "measure the kernels on this machine"),
     "export": ("lightning_quartet.export.command", "write a trained model for other libraries, or in 4 bits"),
+    "plot": ("lightning_quartet.plot", "draw the losses and the monitor's measures of a run"),
     "doctor": ("quartet_kernels.__main__", "say which backends can run here, and why not"),
 }
 """Tools: name, module whose ``main(argv)`` runs it (argv begins with the name), one line of help."""
