@@ -22,6 +22,7 @@ from lightning_quartet.linear import QuartetLinear, set_quartet_step
 from lightning_quartet.precision import QuartetPrecision
 from quartet_kernels import QuartetConfig
 from quartet_kernels.backends import select_backend
+from quartet_kernels.linear import weight_window
 
 _STATE_VERSION = 1
 # How it is computed or kept, not what: may change between runs.
@@ -116,6 +117,7 @@ class QuartetQAT(Callback):
         self._restore(pl_module)
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
+        weight_window.close()
         while self._undo:
             self._undo.pop()()
         if self.revert_on_end:
@@ -252,11 +254,15 @@ class QuartetQAT(Callback):
         self._step = step
         self._enable(trainer, pl_module)
         set_quartet_step(pl_module, step, self._micro_batch)
+        sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))  # weights come and go there
+        if trainer.accumulate_grad_batches > 1 and not sharded:
+            weight_window.open(step)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        weight_window.close()
         # In manual optimization one batch can have several backwards, each followed by a step of its optimizer.
         if not pl_module.automatic_optimization and self._step is not None:
             self._micro_batch += 1
@@ -268,6 +274,7 @@ class QuartetQAT(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        weight_window.close()  # averaged weights may be swapped in without a trace
         self._enable(trainer, pl_module)
 
     @override
