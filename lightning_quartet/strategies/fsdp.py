@@ -1,6 +1,7 @@
 """QuartetFSDP: fully sharded training (FSDP2) that sends weights as 4-bit codes."""
 
-from collections.abc import Generator, Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -23,7 +24,37 @@ from lightning_quartet.gathered import ShardedWeight
 from lightning_quartet.linear import QuartetLinear
 from lightning_quartet.packed import PackedQuartetLinear
 
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+class _Root(nn.Module):
+    """What FSDP2 takes for the model: gathers what is in no block, and keeps it until the backward is over.
+
+    Lightning calls ``training_step``, which calls ``forward``. If the LightningModule were the root, FSDP2 would take
+    the end of ``forward`` for that of the step, free the root's parameters and gather them again for the backward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.running = False
+
+    def forward(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.running = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.running = False
+
+    def route(self, name: str) -> None:
+        """Let calls of a method of the module come through here."""
+        method = getattr(self.module, name)
+
+        @functools.wraps(method)
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs) if self.running else self(method, *args, **kwargs)
+
+        self.module.__dict__[name] = routed
 
 
 class QuartetFSDP(ModelParallelStrategy):
@@ -73,6 +104,8 @@ class QuartetFSDP(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         self.reduce_every_batch = reduce_every_batch
+        self._root: nn.Module
+        self._weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -93,9 +126,11 @@ class QuartetFSDP(ModelParallelStrategy):
             loop.inference_mode = False
 
         self.model = self.precision_plugin.convert_module(self.model)
-        self._shard(self.model)
-        _materialize_distributed_module(self.model, self.root_device)
-        self.model_to_device()
+        self._root = self._shard(self.model)
+        _materialize_distributed_module(self._root, self.root_device)
+        self._root.to(self.root_device)
+        # Taken now: while a block is gathered, these are not among the model's parameters.
+        self._weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
         self.barrier()
 
         if trainer.state.fn == TrainerFn.FITTING:
@@ -104,16 +139,11 @@ class QuartetFSDP(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import (
-            FSDPModule,
-            MixedPrecisionPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+    def _shard(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        if isinstance(model, FSDPModule):
-            return  # by an earlier fit or validation
+        if "_quartet_root" in model.__dict__:
+            return model.__dict__["_quartet_root"]  # of an earlier fit or validation
         if any(isinstance(module, FSDPModule) or _is_sharded(module) for module in model.modules()):
             raise MisconfigurationException(
                 f"{type(model).__name__} shards its layers itself; choose ModelParallelStrategy, or leave the sharding "
@@ -129,14 +159,15 @@ class QuartetFSDP(ModelParallelStrategy):
         policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype)
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
-        # The root sees whole batches, whose floats (targets, say) are not ours to cast. It keeps its parameters:
-        # they are used before and after all blocks.
+        # The root sees whole batches, whose floats (targets, say) are not ours to cast.
         policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype, cast_forward_inputs=False)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        # Lightning calls the steps without going through __call__, where FSDP2 gathers.
-        for name in _STEPS:
+        root = _Root(model)
+        fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        for name in _ENTRIES:
             if is_overridden(name, self.lightning_module):
-                register_fsdp_forward_method(model, name)
+                root.route(name)
+        model.__dict__["_quartet_root"] = root  # no submodule: it has the model as one
+        return root
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -154,17 +185,17 @@ class QuartetFSDP(ModelParallelStrategy):
     @contextmanager
     def _finish_gradients(self) -> Generator[None, None, None]:
         """Around a backward: mask and rotate back what it adds to the shards' gradients, and only that."""
-        assert self.model is not None
-        before = []
-        for weight, _ in _sharded_weights(self.model):
-            before.append(weight.grad)
+        before = [weight.grad for weight in self._weights]
+        for weight in self._weights:
             weight.grad = None
         yield
-        for (weight, shard), old in zip(_sharded_weights(self.model), before, strict=True):
-            if weight.grad is None:
-                weight.grad = old
-                continue
-            with torch.no_grad():
+        with torch.no_grad():
+            for weight, old in zip(self._weights, before, strict=True):
+                if weight.grad is None:
+                    weight.grad = old
+                    continue
+                shard = _shard_of(weight)
+                assert shard is not None  # for the type checker
                 shard.finish_gradient(weight.grad._local_tensor)  # type: ignore[attr-defined]
                 if old is not None:
                     weight.grad += old
@@ -183,7 +214,7 @@ class QuartetFSDP(ModelParallelStrategy):
             self._set_gradient_sync(True)
 
     def _set_gradient_sync(self, enabled: bool) -> None:
-        self.model.set_requires_gradient_sync(enabled)  # type: ignore[union-attr,operator]
+        self._root.set_requires_gradient_sync(enabled)  # type: ignore[operator]
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -263,12 +294,10 @@ def _pack_when_gathered(model: nn.Module) -> None:
                 layer.weight = nn.Parameter(shard, weight.requires_grad)
 
 
-def _sharded_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, ShardedWeight]]:
-    """The parameters, DTensors, that are gathered packed, and their local tensors."""
-    for parameter in model.parameters():
-        local = getattr(parameter, "_local_tensor", None)
-        if isinstance(local, ShardedWeight):
-            yield parameter, local
+def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:
+    """The local rows of a parameter that is gathered packed."""
+    local = getattr(parameter, "_local_tensor", None)
+    return local if isinstance(local, ShardedWeight) else None
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class Net(pl.LightningModule):
         optimizer: Name of a class of ``torch.optim``.
         lr: Its learning rate.
         meta: Whether ``configure_model`` makes the layers, on the ``meta`` device.
+        outputs: Outputs, at most 8.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Net(pl.LightningModule):
         optimizer: str = "SGD",
         lr: float = 5e-3,
         meta: bool = False,
+        outputs: int = 8,
     ) -> None:
         super().__init__()
         self.hidden, self.frozen, self.checkpointing, self.compiled = hidden, frozen, checkpointing, compiled
-        self.optimizer, self.lr, self.meta = optimizer, lr, meta
+        self.optimizer, self.lr, self.meta, self.outputs = optimizer, lr, meta, outputs
         self.losses: list[float] = []
         self.seeds: list[list[int]] = []
         self.blocks: nn.ModuleList | None = None
@@ -72,7 +75,7 @@ class Net(pl.LightningModule):
             for block in blocks:
                 block.compile(backend="aot_eager")
         self.blocks = nn.ModuleList(blocks)
-        self.lm_head = nn.Linear(32, 8)
+        self.lm_head = nn.Linear(32, self.outputs)
 
     def configure_model(self) -> None:
         if self.blocks is None:
@@ -86,7 +89,7 @@ class Net(pl.LightningModule):
         return self.lm_head(x)
 
     def loss(self, batch: Tensor) -> Tensor:
-        return (self(batch) - batch.roll(1, -1)).square().mean()
+        return (self(batch) - batch.roll(1, -1)[..., : self.outputs]).square().mean()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
@@ -175,3 +178,25 @@ def full(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def mean_losses(results: Sequence[dict[str, Any]]) -> Tensor:
     return torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(0)
+
+
+def count_bytes(**options: Any) -> dict[str, list[int]]:
+    """Train; the bytes that this rank sends in each all-gather and gets from each reduce-scatter."""
+    counts: dict[str, list[int]] = {"gathered": [], "reduced": []}
+    newer = hasattr(torch.distributed, "all_gather_single")
+    names = (
+        ("all_gather_single", "reduce_scatter_single") if newer else ("all_gather_into_tensor", "reduce_scatter_tensor")
+    )
+
+    def counting(original: Callable[..., Any], counted: list[int], index: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counted.append([*args, *kwargs.values()][index].nbytes)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, counted, index in zip(names, counts.values(), (1, 0), strict=True):
+            patch.setattr(torch.distributed, name, counting(getattr(torch.distributed, name), counted, index))
+        train(**options)
+    return counts

@@ -2,6 +2,9 @@
 
 import pytest
 import scenarios
+import torch
+
+from lightning_quartet import QuartetConfig
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +40,40 @@ def test_fifty_steps_of_sgd_give_the_losses_of_one_process(ranks, one_process, w
     expected = one_process(steps=50)
     assert relative(results, expected) <= 1e-5
     assert expected["losses"][-1] < 0.9 * expected["losses"][0]  # it learns
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_two_steps_of_adamw_give_the_weights_of_one_process(ranks, one_process, way):
+    options = {"steps": 2, "model": {"optimizer": "AdamW", "lr": 1e-3}}
+    results = ranks(scenarios.train, **options, **way)
+    expected = one_process(**options)
+    assert relative(results, expected) <= 1e-6
+    for name, weight in expected["weights"].items():
+        # In norm: Adam's first steps go by the signs of gradients, also of those that are zero but for rounding.
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_ranks_draw_different_bits_and_repeat_them(ranks, way):
+    options = {"steps": 2, "config": QuartetConfig(seed=3), **way}
+    first, second = ranks(scenarios.train, **options), ranks(scenarios.train, **options)
+    for rank, (result, again) in enumerate(zip(first, second, strict=True)):
+        assert result["seeds"] == [[(3 << 32) | 3, step, rank << 16] for step in range(2)]
+        assert result["losses"] == again["losses"]
+    # What all ranks share stays the same on all.
+    for name, weight in first[0]["weights"].items():
+        assert torch.equal(weight, first[1]["weights"][name]), name
+        assert torch.equal(weight, second[0]["weights"][name]), name
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_accumulation_and_clipping(ranks, one_process, way):
+    options = {"steps": 2, "data_steps": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+    results = ranks(scenarios.train, **options, **way)
+    assert [seed[2] & 0xFFFF for seed in results[0]["seeds"]] == [0, 1, 0, 1]
+    expected = one_process(**options)
+    assert relative(results, expected) <= 1e-6
+    unclipped = one_process(**{**options, "gradient_clip_val": None})
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(results[0]["weights"][name], weight, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(unclipped["weights"]["lm_head.bias"], expected["weights"]["lm_head.bias"], rtol=1e-4)

@@ -1,0 +1,103 @@
+"""QuartetFSDP: what it sends, whatever it is combined with, and what it refuses."""
+
+import pytest
+import scenarios
+import torch
+from scenarios import Block, Net
+from torch import nn
+
+from lightning_quartet import QuartetConfig
+from lightning_quartet.gathered import GatheredWeight, ShardedWeight
+from lightning_quartet.strategies.fsdp import find_blocks
+from quartet_kernels import quantize_mxfp4
+
+
+class Mesh:
+    def __init__(self, size):
+        self.ranks = size
+
+    def size(self):
+        return self.ranks
+
+
+@pytest.mark.parametrize("ranks_", [1, 2, 3, 5, 24])
+def test_shards_of_any_number_of_rows_gather_to_the_whole_quantised_weight(ranks_):
+    weight, config = torch.randn(32, 64), QuartetConfig()
+    rows = -(-32 // ranks_)
+    shards = [ShardedWeight(weight[r * rows : (r + 1) * rows], 32, config) for r in range(ranks_)]
+    sent = [shard.fsdp_pre_all_gather(Mesh(ranks_))[0][0] for shard in shards]
+    assert {tensor.shape for tensor in sent} == {(rows, 34)}  # the same from all, also from a rank without rows
+    assert sent[0].nbytes <= 0.54 * rows * 64
+    gathered, inner = shards[0].fsdp_post_all_gather((torch.cat(sent),), None, torch.bfloat16)
+    expected = quantize_mxfp4(weight, config=config)
+    assert (gathered.shape, gathered.dtype) == ((32, 64), torch.bfloat16)
+    assert torch.equal(gathered.codes, expected.codes)
+    assert torch.equal(gathered.scales, expected.scales)
+    for tensor in inner:
+        tensor.zero_()
+    versions = [tensor._version for tensor in inner]
+    assert shards[0].fsdp_post_all_gather((torch.cat(sent),), None, torch.bfloat16, out=gathered) is None
+    assert torch.equal(gathered.codes, expected.codes)
+    assert torch.equal(gathered.scales, expected.scales)
+    assert [tensor._version for tensor in inner] == versions
+
+
+def test_a_gathered_weight_serves_nothing_but_its_layer():
+    packed = quantize_mxfp4(torch.randn(32, 64))
+    weight = nn.Parameter(GatheredWeight(packed.codes, packed.scales, torch.float32, QuartetConfig()))
+    with pytest.raises(NotImplementedError, match="only QuartetLinear can use"):
+        nn.functional.linear(torch.randn(2, 64), weight)
+
+
+def test_blocks_are_the_members_of_lists():
+    net = Net()
+    assert find_blocks(net) == list(net.blocks)
+    assert find_blocks(Net(checkpointing=True))[0]._checkpoint_wrapped_module is not None
+    assert find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))) == []
+    stack = nn.Sequential(Block(32, 32), Block(32, 32))
+    assert find_blocks(nn.ModuleDict({"stack": stack})) == list(stack)
+    different = nn.Sequential(stack, nn.ModuleList([Block(32, 32), Block(32, 32)]))
+    assert find_blocks(different) == [*stack, *different[1]]
+    assert find_blocks(net, ["LayerNorm"]) == [block.norm for block in net.blocks]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_bytes_on_the_wire(ranks, packed, precision):
+    (counts, _) = ranks(scenarios.count_bytes, fsdp={"packed": packed}, steps=2, precision=precision)
+    size = 4 if precision == "32-true" else 2
+    weights, others, root = 2 * 32 * 64, 64 + 64, 2 * (32 * 8) + 32 + 8  # elements
+    block = (weights * (17 / 32 if packed else size) + others * size) / 2
+    # The root once a step, two blocks in the forward and in the backward; sums in float32.
+    assert counts["gathered"] == 2 * [root * size / 2, *4 * [block]]
+    assert counts["reduced"] == 2 * [*2 * [(weights + others) * 4 / 2], root * 4 / 2]
+
+
+COMBINATIONS = {
+    "frozen": {"model": {"frozen": True}},
+    "checkpointing": {"model": {"checkpointing": True}},
+    "compiled": {"model": {"compiled": True}},
+    "checkpointing, compiled": {"model": {"checkpointing": True, "compiled": True}},
+    "kept": {"fsdp": {"reshard_after_forward": False}},
+    "not packed": {"fsdp": {"packed": False}},
+    "block class": {"fsdp": {"block_classes": ["Block"]}},
+    "accumulation, each batch reduced": {
+        "fsdp": {"reduce_every_batch": True},
+        "data_steps": 6,
+        "accumulate_grad_batches": 2,
+    },
+    "abs_max": {"config": QuartetConfig(forward_method="abs_max", randomize_backward=False)},
+    "uneven": {"model": {"outputs": 7}},
+    "momentum": {"model": {"optimizer": "AdamW", "lr": 1e-3}},
+}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_combinations_give_the_weights_of_one_process(ranks, combination):
+    results = ranks(scenarios.train, **{"fsdp": {}, **combination})
+    expected = scenarios.train(world_size=1, **{k: v for k, v in combination.items() if k != "fsdp"})
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    assert results[0]["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
