@@ -1,5 +1,6 @@
 """The Quartet linear layer as one differentiable function: forward and backward side by side."""
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -338,7 +339,35 @@ def quartet_linear(
     if signs is not None:
         signs = (_checked_signs(signs[0], x.device), _checked_signs(signs[1], x.device))
 
+    bias_trains = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
+        return _decode(x, packed, bias, config, out_dtype)
     return _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
+
+
+DECODE_TOKENS = 16
+"""Up to here, without gradients, packed weights are multiplied by a kernel that reads them as they are."""
+
+
+def _few_tokens(x: Tensor, config: QuartetConfig) -> bool:
+    if not 0 < x.numel() <= DECODE_TOKENS * x.shape[-1] or x.dtype == torch.float64 or config.backend == "reference":
+        return False
+    if torch.compiler.is_compiling():
+        return x.device.type == "cuda" and torch.version.hip is None
+    return select_backend(config.backend, x.device, x.dtype).name != "reference"
+
+
+@functools.lru_cache(maxsize=64)
+def _bf16_operand(config: QuartetConfig) -> QuartetConfig:
+    return dataclasses.replace(config, backend="bf16")
+
+
+def _decode(x: Tensor, packed: Packed, bias: Tensor | None, config: QuartetConfig, out_dtype: torch.dtype) -> Tensor:
+    """The forward for a few tokens: the codes of the other path, as bfloat16, times the packed weight."""
+    project = _project if torch.compiler.is_compiling() or x.is_inference() else _last_input.project
+    _, _, (data, _) = project(x, _bf16_operand(config), False)
+    y = ops.decode_matmul(data, *packed, forward_factor(config) ** 2, bias, out_dtype)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch.device) -> Tensor:

@@ -227,6 +227,20 @@ def _(
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
+@torch.library.custom_op("quartet::decode_matmul", mutates_args=())
+def decode_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    from .triton.decode import decode_matmul as multiply
+
+    return multiply(x, codes, scales, alpha=alpha, bias=bias, out_dtype=out_dtype)
+
+
+@decode_matmul.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0], dtype=out_dtype)
+
+
 @torch.library.custom_op("quartet::matmul_bf16", mutates_args=())
 def matmul_bf16(
     x: Tensor,

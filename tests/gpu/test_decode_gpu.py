@@ -1,0 +1,87 @@
+"""The GEMM of a few tokens on a GPU: products, agreement with the path of many tokens, graphs, compilation."""
+
+import pytest
+import torch
+from gemm_cases import ROUNDING, make_case, relative_error
+
+from quartet_kernels import QuartetConfig, ops, quantize_mxfp4, quartet_linear
+from quartet_kernels.linear import _bf16_operand, _project
+from quartet_kernels.mxfp4 import decode
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+from quartet_kernels.triton.decode import decode_matmul  # noqa: E402
+
+SHAPES = [(64, 512), (32, 32), (96, 1024), (64, 544), (8192, 8192), (14336, 4096), (4096, 14336), (6400, 4128)]
+
+
+@pytest.mark.parametrize("out_dtype", ROUNDING)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_products(N, K, out_dtype):
+    generator = torch.Generator("cuda").manual_seed(1)
+    for M in (1, 2, 5, 8, 9, 16, 32):
+        case = make_case(
+            generator, M, N, K, out_dtype=out_dtype, alpha=1 / 16, spread=2, bias=M % 2 == 1, nan_rows=M == 9
+        )
+        x = decode(case.a, case.a_scales, torch.bfloat16)
+        y = decode_matmul(x, case.b, case.b_scales, **{"bias": None, **case.epilogue})
+        assert relative_error(y, case.expected) < ROUNDING[out_dtype], M
+        again = decode_matmul(x, case.b, case.b_scales, **{"bias": None, **case.epilogue})
+        assert torch.equal(y.nan_to_num(), again.nan_to_num())
+
+
+def test_every_code_and_the_ends_of_the_scales():
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(64, 2)
+    x = torch.eye(1024, device="cuda")[:16].to(torch.bfloat16)
+    for byte in (1, 2, 100, 127, 200, 251):
+        scales = torch.full((64, 32), byte, dtype=torch.uint8, device="cuda")
+        y = decode_matmul(x, codes, scales, alpha=1.0, bias=None, out_dtype=torch.float32)
+        assert torch.equal(y, decode(codes, scales)[:, :16].t()), byte
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["quest", "abs_max"])
+def test_same_codes_and_result_as_many_tokens(dtype, method):
+    torch.manual_seed(0)
+    config = QuartetConfig(forward_method=method)
+    weight = quantize_mxfp4(torch.randn(4096, 2048, device="cuda"), config=config)
+    x = torch.randn(64, 2048, device="cuda", dtype=dtype)
+    many = quartet_linear(x, weight, config=config)
+    for tokens in (1, 4, 16):
+        part = x[:tokens].clone()
+        few = quartet_linear(part, weight, config=config)
+        limit = 1e-5 if dtype == torch.float32 else 2**-8
+        assert relative_error(few, many[:tokens].double()) < limit
+        (codes, scales), _, (data, _) = _project(part, _bf16_operand(config), False)
+        (expected, expected_scales), _, _ = _project(x, config, False)
+        assert torch.equal(codes, expected[:tokens])
+        assert torch.equal(scales, expected_scales[:tokens])
+        assert torch.equal(data.float(), decode(codes, scales))
+
+
+def test_cuda_graph_and_compile():
+    torch.manual_seed(0)
+    config = QuartetConfig()
+    weight = quantize_mxfp4(torch.randn(2048, 1024, device="cuda"), config=config)
+    x = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = quartet_linear(x, weight, config=config)
+        compiled = torch.compile(lambda t: quartet_linear(t, weight, config=config), fullgraph=True)
+        assert torch.equal(compiled(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = quartet_linear(x, weight, config=config)
+        other = torch.randn_like(x)
+        x.copy_(other)
+        graph.replay()
+        assert torch.equal(y, quartet_linear(other, weight, config=config))
+        assert not torch.equal(y, expected)
+
+
+def test_it_is_used(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops, "decode_matmul", lambda *a: calls.append(a) or torch.zeros(1, 32, device="cuda"))
+    weight = quantize_mxfp4(torch.randn(32, 32, device="cuda"))
+    quartet_linear(torch.randn(1, 32, device="cuda"), weight, config=QuartetConfig())
+    assert len(calls) == 1
