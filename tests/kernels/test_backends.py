@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quartet_kernels import QuartetConfig, available_backends, mxfp4_matmul, quantize_mxfp4, quartet_linear
 from quartet_kernels.philox import make_seed
 
