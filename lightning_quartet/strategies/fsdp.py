@@ -239,7 +239,8 @@ def find_blocks(model: nn.Module, classes: Sequence[str] | None = None) -> list[
                 f"QuartetFSDP: block_classes has {name!r}, but {type(model).__name__} has no module of a class of that "
                 "name; correct it or leave block_classes out."
             )
-    return [module for inner, module in names.items() if type(inner).__name__ in classes and module is not model]
+    found = [module for inner, module in names.items() if type(inner).__name__ in classes and module is not model]
+    return found[::-1]  # FSDP2 takes inner modules before those around them
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -264,17 +265,16 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
 
 def _check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """A parameter belongs to one block, or to none."""
-    owner: dict[nn.Module, int] = {}
-    for number, block in enumerate(blocks):
-        for module in block.modules():
-            owner[module] = number  # an inner block comes after the one around it
+    numbers = {block: number for number, block in enumerate(blocks)}
+    around: dict[str, int] = {}  # a module's path -> the innermost block around it, -1 outside of all
     owners: dict[nn.Parameter, int] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            number = owner.get(module, -1)
-            if owners.setdefault(parameter, number) != number:
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent = around.get(path.rpartition(".")[0], -1)
+        around[path] = numbers.get(module, parent)
+        for name, parameter in module.named_parameters(recurse=False):
+            if owners.setdefault(parameter, around[path]) != around[path]:
                 raise MisconfigurationException(
-                    f"{name}.{key} is a parameter of another block too, and FSDP2 cannot shard it twice; untie it or "
+                    f"{path}.{name} is a parameter of another block too, and FSDP2 cannot shard it twice; untie it or "
                     "name a class around both in QuartetFSDP(block_classes=...)."
                 )
 

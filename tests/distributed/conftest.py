@@ -13,6 +13,14 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Ranks]:
+    """One process that can be a world of its own."""
+    pool = Ranks(1)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -123,9 +123,9 @@ class ShardedNet(Net):
 GLOBAL_BATCH = 4
 
 
-def make_trainer(world_size: int, strategy: Any, steps: int, **options: Any) -> pl.Trainer:
+def make_trainer(world_size: int, strategy: Any, epochs: int, **options: Any) -> pl.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"callbacks": [QuartetQAT(EXACT)], "max_steps": steps, **quiet, **options}
+    options = {"callbacks": [QuartetQAT(EXACT)], "max_epochs": epochs, **quiet, **options}
     options["use_distributed_sampler"] = False
     return pl.Trainer(accelerator="cpu", devices=world_size, strategy=strategy, **options)
 
@@ -150,13 +150,14 @@ def train(
     resume: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train; the losses are those of this rank."""
+    """Train for a number of optimizer steps, ``data_steps`` batches an epoch; the losses are those of this rank."""
     net = kind(**(model or {}))
     chosen: Any = QuartetFSDP(**fsdp) if fsdp is not None else strategy
     if strategy == "fsdp2":
         chosen = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-    trainer = make_trainer(world_size, chosen, steps, callbacks=[QuartetQAT(config)], **options)
-    trainer.fit(net, batches(world_size, data_steps or steps), ckpt_path=resume)
+    data_steps = data_steps or steps
+    trainer = make_trainer(world_size, chosen, max(1, steps // data_steps), callbacks=[QuartetQAT(config)], **options)
+    trainer.fit(net, batches(world_size, data_steps), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
     return {
@@ -200,3 +201,32 @@ def count_bytes(**options: Any) -> dict[str, list[int]]:
             patch.setattr(torch.distributed, name, counting(getattr(torch.distributed, name), counted, index))
         train(**options)
     return counts
+
+
+def train_and_resume(folder: str, full: bool = False, strategy: str = "quartet_fsdp", **options: Any) -> dict[str, Any]:
+    """Four steps at once, and two with a checkpoint and two more in another trainer."""
+    path = f"{folder}/checkpoint"
+    fsdp = {"save_distributed_checkpoint": not full} if strategy == "quartet_fsdp" else None
+    options = {"config": QuartetConfig(), "data_steps": 2, "fsdp": fsdp, "strategy": strategy, **options}
+    return {
+        "whole": train(steps=4, **options),
+        "first": train(steps=2, save=path, **options),
+        "second": train(steps=4, resume=path, **options),
+    }
+
+
+class Tied(Net):
+    """Its two blocks share a layer."""
+
+    def build(self) -> None:
+        super().build()
+        self.blocks[1].up = self.blocks[0].up
+
+
+def refuse(kind: type[Net] = Net, qat: dict[str, Any] | None = None, averaging: str | None = None, **fsdp: Any) -> None:
+    """A training that must not begin."""
+    callbacks: list[Any] = [QuartetQAT(**(qat or {}))]
+    if averaging is not None:
+        options = {"swa_lrs": 0.1} if averaging == "StochasticWeightAveraging" else {}
+        callbacks.append(getattr(pl.callbacks, averaging)(**options))
+    make_trainer(2, QuartetFSDP(**fsdp), 1, callbacks=callbacks).fit(kind(), batches(2, 1))

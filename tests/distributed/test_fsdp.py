@@ -3,10 +3,11 @@
 import pytest
 import scenarios
 import torch
+from processes import Failure
 from scenarios import Block, Net
 from torch import nn
 
-from lightning_quartet import QuartetConfig
+from lightning_quartet import QuartetConfig, QuartetFSDP
 from lightning_quartet.gathered import GatheredWeight, ShardedWeight
 from lightning_quartet.strategies.fsdp import find_blocks
 from quartet_kernels import quantize_mxfp4
@@ -58,7 +59,8 @@ def test_blocks_are_the_members_of_lists():
     assert find_blocks(nn.ModuleDict({"stack": stack})) == list(stack)
     different = nn.Sequential(stack, nn.ModuleList([Block(32, 32), Block(32, 32)]))
     assert find_blocks(different) == [*stack, *different[1]]
-    assert find_blocks(net, ["LayerNorm"]) == [block.norm for block in net.blocks]
+    inner_first = [net.blocks[1].norm, net.blocks[1], net.blocks[0].norm, net.blocks[0]]
+    assert find_blocks(net, ["Block", "LayerNorm"]) == inner_first
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -80,7 +82,7 @@ COMBINATIONS = {
     "checkpointing, compiled": {"model": {"checkpointing": True, "compiled": True}},
     "kept": {"fsdp": {"reshard_after_forward": False}},
     "not packed": {"fsdp": {"packed": False}},
-    "block class": {"fsdp": {"block_classes": ["Block"]}},
+    "block classes": {"fsdp": {"block_classes": ["Block", "Linear", "QuartetLinear"]}},
     "accumulation, each batch reduced": {
         "fsdp": {"reduce_every_batch": True},
         "data_steps": 6,
@@ -101,3 +103,27 @@ def test_combinations_give_the_weights_of_one_process(ranks, combination):
     assert results[0]["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+REFUSALS = {
+    "average": ({"averaging": "EMAWeightAveraging"}, "sharded modules cannot be copied"),
+    "stochastic average": ({"averaging": "StochasticWeightAveraging"}, "sharded modules cannot be copied"),
+    "phases": ({"qat": {"start_step": 3}}, r"choose QuartetFSDP\(packed=False\)"),
+    "master dtype": ({"qat": {"master_dtype": "float32"}}, "needs one dtype for all parameters"),
+    "sharded": ({"kind": scenarios.ShardedNet}, "shards its layers itself"),
+    "tied": ({"kind": scenarios.Tied}, "a parameter of another block too"),
+    "no such class": ({"block_classes": ["Bloc"]}, "has no module of a class of that name"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals_are_one_sentence(ranks, options, message):
+    with pytest.raises(Failure, match=message) as failure:
+        ranks(scenarios.refuse, **options)
+    assert failure.value.name == "MisconfigurationException"
+    assert "\n" not in failure.value.message
+
+
+def test_unknown_precision_of_sums():
+    with pytest.raises(ValueError, match="choose 'float32' or 'bfloat16'"):
+        QuartetFSDP(reduce_dtype="float16")

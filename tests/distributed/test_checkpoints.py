@@ -1,0 +1,72 @@
+"""Checkpoints of QuartetFSDP: resumed bit for bit, and read without this package."""
+
+import pytest
+import scenarios
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ADAM = {"optimizer": "AdamW", "lr": 1e-3}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one file"])
+def test_resume_is_bit_for_bit(ranks, tmp_path, full):
+    for result in ranks(scenarios.train_and_resume, folder=str(tmp_path), full=full, model=ADAM):
+        assert result["first"]["losses"] + result["second"]["losses"] == result["whole"]["losses"]
+        assert result["second"]["seeds"] == result["whole"]["seeds"][2:]
+        for name, weight in result["whole"]["weights"].items():
+            assert torch.equal(result["second"]["weights"][name], weight), name
+
+
+@pytest.fixture(scope="module")
+def sharded(ranks, tmp_path_factory):
+    """A folder with a checkpoint of two ranks after two steps, and the weights."""
+    path = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    options = {"steps": 2, "data_steps": 2, "model": ADAM}
+    results = ranks(scenarios.train, strategy="quartet_fsdp", save=str(path), **options)
+    return path, results[0]["weights"]
+
+
+CONTINUED = {"steps": 4, "data_steps": 2, "model": ADAM}
+
+
+def assert_continues(result, whole):
+    """Two steps from the checkpoint end where four without it do: the optimizer's state came along."""
+    assert len(result["losses"]) == 2
+    for name, weight in whole["weights"].items():
+        assert (result["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+def test_two_ranks_to_one(alone, sharded):
+    path, _ = sharded
+    (result,) = alone(scenarios.train, world_size=1, strategy="quartet_fsdp", resume=str(path), **CONTINUED)
+    assert_continues(result, scenarios.train(world_size=1, **CONTINUED))
+
+
+def test_another_strategy_goes_on_from_one_file(ranks, tmp_path):
+    path = str(tmp_path / "checkpoint")
+    options = {"data_steps": 2, "model": ADAM}
+    ranks(scenarios.train, steps=2, fsdp={"save_distributed_checkpoint": False}, save=path, **options)
+    whole = scenarios.train(world_size=1, **CONTINUED)
+    assert_continues(ranks(scenarios.train, strategy="ddp", resume=path, **CONTINUED)[0], whole)
+    assert_continues(scenarios.train(world_size=1, resume=path, **CONTINUED), whole)
+    assert_continues(ranks(scenarios.train, strategy="quartet_fsdp", resume=path, **CONTINUED)[0], whole)
+
+
+def test_a_sharded_checkpoint_becomes_a_plain_model(sharded, tmp_path):
+    path, weights = sharded
+    dcp_to_torch_save(path, tmp_path / "plain.pt")
+    plain = scenarios.Net()
+    plain.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True)["state_dict"])
+    for name, weight in weights.items():
+        assert torch.equal(plain.state_dict()[name], weight), name
+
+
+def test_no_class_of_this_package_is_in_a_checkpoint(sharded):
+    path, _ = sharded
+    found = set()
+    for file in path.iterdir():
+        data = file.read_bytes()
+        assert b"gathered" not in data
+        assert b"lightning_quartet" not in data
+        found.add(file.suffix)
+    assert {".distcp", ".pt"} <= found
