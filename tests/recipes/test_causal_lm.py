@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_quartet.recipes import CausalLM, LossCurve
@@ -56,12 +56,20 @@ def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token(tmp_path: Pa
     torch.testing.assert_close(result["test_loss"], torch.cat(predictions).mean().item())
 
 
-def test_learning_rate_rises_and_falls() -> None:
-    model = CausalLM(TINY, warmup_steps=4, final_learning_rate=0.1)
-    rates = [model._rate(step, 20) for step in range(25)]
-    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert rates[4:21] == sorted(rates[4:21], reverse=True)
-    assert rates[20:] == pytest.approx([0.1] * 5)
+def test_learning_rate_rises_and_falls(tmp_path: Path) -> None:
+    class Rates(Callback):
+        seen: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit = trainer(tmp_path, callbacks=[Rates()], max_steps=20)
+    fit.fit(CausalLM(TINY, learning_rate=1.0, warmup_steps=4, final_learning_rate=0.1), counting())
+    assert Rates.seen[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Rates.seen[4:] == sorted(Rates.seen[4:], reverse=True)
+    assert len(Rates.seen) == 20
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+    assert [group["weight_decay"] for group in fit.optimizers[0].param_groups] == [0.1, 0.0]
 
 
 def test_pretrained_folder_is_loaded_in_float32(tmp_path: Path) -> None:
