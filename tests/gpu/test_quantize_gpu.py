@@ -159,12 +159,15 @@ def test_requantize(shape, rounding):
     check_backward(*ours, decode(codes, scales), {**arguments, "transpose": True})
 
 
-def test_operands_hold_the_packed_values():
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("shape", [(300, 4096), (65, 96), (257, 11008), (48, 20480)])
+def test_operands_hold_the_packed_values(shape, rounding):
     quantize_forward, quantize_backward, requantize, expand = kernels()
-    x = data(300, 4096)
-    x[3, 77], x[5] = torch.nan, 0
+    x = data(*shape)
+    x[3, 77], x[5], x[7] = torch.nan, 0, x[7] * 1e-36
+    x[9, :32] *= 2.0**-27
     packed = quantize_forward(x, config=QuartetConfig(), mask=False)[:2]
-    arguments = {"rounding": "nearest"}
+    arguments = {"rounding": rounding, "seed": torch.tensor(SEED, device="cuda"), "role": philox.GRAD}
     for make, (codes, scales) in (
         (lambda operand: quantize_forward(x, config=QuartetConfig(), mask=False, operand=operand)[3:], packed),
         (lambda operand: quantize_backward(x, operand=operand, **arguments), quantize_backward(x, **arguments)),
@@ -180,7 +183,13 @@ def test_operands_hold_the_packed_values():
         fp8, row_scale = make("fp8")
         finite = values.isfinite().all(-1)
         assert fp8.float().isfinite().all()
-        torch.testing.assert_close((fp8.float() * row_scale[:, None])[finite], values[finite], rtol=0, atol=0)
+        expanded, expanded_scale = expand(codes, scales)
+        torch.testing.assert_close(fp8.float(), expanded.float(), rtol=0, atol=0)
+        used = (unpack_codes(codes) & 7).amax(-1) != 0
+        torch.testing.assert_close(row_scale[used], expanded_scale[used], rtol=0, atol=0, equal_nan=True)
+        exact = finite & ((scales == 0) | (scales.int() > scales.int().amax(-1, keepdim=True) - 28)).all(-1)
+        assert exact.any()
+        torch.testing.assert_close((fp8.float() * row_scale[:, None])[exact], values[exact], rtol=0, atol=0)
         assert row_scale[~finite].isnan().all()
 
 

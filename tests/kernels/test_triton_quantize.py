@@ -221,6 +221,18 @@ def test_backward_edges(rounding, transpose):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_backward_rows_in_fp8_at_once(rounding):
+    """As the packed codes expand, also for strided rows, wide spans, zeros, NaN and infinity."""
+    arguments = backward_arguments(rounding, "drawn")
+    wide = randn(3, 320, seed=7) * 2.0 ** torch.linspace(-40, 20, 10).round().repeat_interleave(32)
+    for x in (edge_groups(), wide, randn(9, 192)[:, 32:160], randn(20, 96)[::3]):
+        data, scale = quantize_backward(x, operand="fp8", **arguments)
+        expected, expected_scale = expand(*quantize_backward(x, **arguments), check_codes=False)
+        torch.testing.assert_close(data.float(), expected.float(), rtol=0, atol=0)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 130])
 def test_backward_ragged(rows, dtype):

@@ -158,9 +158,12 @@ def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
         exponent = (bits >> 23) - 127 + m
         if RULE == "nearest":
             exponent += ((bits & 0x7FFFFF) >= 0x3504F3).to(tl.int32)  # the significand of sqrt(2)
-    # A constant group has no centred deviation.
-    clamped = tl.where(bits == 0, abs_max_exponent(largest), clamp_exponent(exponent))
-    return clamped, (bits != 0) & (exponent >= MIN_EXPONENT)
+    wider_fits = (exponent >= MIN_EXPONENT) & (exponent < MAX_EXPONENT)
+    clamped = clamp_exponent(exponent)
+    if STATISTIC == "std":  # a constant group has no centred deviation
+        clamped = tl.where(bits == 0, abs_max_exponent(largest), clamped)
+        wider_fits &= bits != 0
+    return clamped, wider_fits
 
 
 @triton.jit
@@ -174,6 +177,21 @@ def rounding_shift(u):
     power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = (tl.maximum(power, 1.0) * 4194307.0).to(tl.int32, bitcast=True)
     return (shift + (shift >> 22)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def signed_rounding(u):
+    """u, |u| < 8, rounded to the E2M1 grid, ties to even; -0 becomes 0."""
+    power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    shift = tl.maximum(power, 1.0) * 6291456.0  # 1.5 * 2^22: its last bit is a step, its middle leaves room for signs
+    if INTERPRET:
+        out = (u + shift) - shift
+    else:  # never as one operation with the product that u is
+        out = tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2; sub.rn.f32 $0, $0, $2;",
+            "=&f,f,f", [u, shift], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
 
 
 LOWEST_WIDER_SHIFT = tl.constexpr(8388914.0)
@@ -198,8 +216,13 @@ def signed(values, bits):
 def stochastic_indices(magnitude, random):
     """Indices 0..7 of magnitudes < 6: up iff (magnitude - low) / (high - low) >= (255.5 - random) / 256."""
     # 22 fraction bits below the index; under 1 the grid is uniform, and what truncation drops cannot decide.
-    bits = magnitude.to(tl.uint32, bitcast=True) - (252 << 22)
-    fixed = tl.where(magnitude < 1.0, (magnitude * 8388608.0).to(tl.int32).to(tl.uint32), bits)
+    if INTERPRET:
+        bits = magnitude.to(tl.uint32, bitcast=True) - (252 << 22)
+        fixed = tl.where(magnitude < 1.0, (magnitude * 8388608.0).to(tl.int32).to(tl.uint32), bits)
+    else:  # 2^-126 times that, rounded toward zero; numbers under 1 become subnormal
+        fixed = tl.inline_asm_elementwise(
+            "mul.rz.f32 $0, $1, 0f00800000;", "=r,f", [magnitude], dtype=tl.uint32, is_pure=True, pack=1
+        )
     return (fixed + (random << 14) + (1 << 13)) >> 22
 
 
@@ -213,31 +236,175 @@ def to_bfloat16(x):
     return out
 
 
+NOT_FINITE = tl.constexpr(1000)
+"""Key of a row with a group that is not finite."""
+
+
+@triton.jit
+def fp8_byte(x):
+    """E5M2 byte of float32 numbers, to nearest even: the upper byte of float16. Only for the interpreter."""
+    half = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (half + 0x7F + ((half >> 8) & 1)) >> 8
+
+
+@triton.jit
+def fp8_word(a, b, c, d):
+    """Four float32 numbers as E5M2 bytes, to nearest even, in one uint32."""
+    if INTERPRET:  # casts to FP8 wrongly
+        out = fp8_byte(a) | (fp8_byte(b) << 8) | (fp8_byte(c) << 16) | (fp8_byte(d) << 24)
+    else:
+        out = tl.inline_asm_elementwise(
+            "{.reg .b16 low, high; cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;"
+            " cvt.rn.satfinite.e5m2x2.f32 high, $4, $3; mov.b32 $0, {low, high};}",
+            "=r,f,f,f,f", [a, b, c, d], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def permute_bytes(low, high, selectors):
+    """PTX's prmt: byte i of the result is byte number (hexadecimal digit i of the selector, 0..7) of high:low."""
+    if INTERPRET:
+        out = low * 0
+        for i in tl.static_range(4):
+            index = (selectors >> (4 * i)) & 7
+            shift = (index & 3) * 8
+            out |= (tl.where(index < 4, low >> shift, high >> shift) & 0xFF) << (8 * i)
+    else:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selectors], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
+def look_up(low, high, codes, words, SIGN_BYTES: tl.constexpr):
+    """Four FP8 bytes for the lowest four codes: the table high:low at their indices, signs out of all eight codes."""
+    magnitudes = permute_bytes(low, high, codes & 0x7777)
+    # Odd codes have their signs on top of a byte; a shift by 4 brings those of the even ones there.
+    signs = permute_bytes(words << 4, words, words * 0 + SIGN_BYTES)
+    return magnitudes | (signs & 0x80808080)
+
+
+@triton.jit
+def fp8_words(words, factor):
+    """FP8 numbers code * factor of uint32 words of eight codes, along a new last axis of two words; factor broadcasts
+    against `words`."""
+    zero = factor * 0.0
+    low = fp8_word(zero, 0.5 * factor, factor, 1.5 * factor)
+    high = fp8_word(2.0 * factor, 3.0 * factor, 4.0 * factor, 6.0 * factor)
+    low = tl.broadcast_to(low, words.shape)
+    high = tl.broadcast_to(high, words.shape)
+    return tl.join(look_up(low, high, words, words, 0x5140), look_up(low, high, words >> 16, words, 0x7362))
+
+
+@triton.jit
+def row_key(byte, used):
+    """What a row's maximum is taken of: NOT_FINITE, or scale byte + 1 of a group with a non-zero code, or 0."""
+    return tl.where(byte == 255, NOT_FINITE, tl.where(used, byte + 1, 0))
+
+
+@triton.jit
+def row_top(largest):
+    """The row exponent E + 127 of a row whose largest key is given; under NOT_FINITE all data round to zero."""
+    return tl.maximum(largest - 1, 127 - 113)
+
+
+@triton.jit
+def row_scale_of(largest):
+    """Row scale 2^(E - 13), 1 without a non-zero code, NaN where a group is not finite."""
+    scale = ((tl.minimum(row_top(largest), 254) - 13) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest == NOT_FINITE, float("nan"), tl.where(largest == 0, 1.0, scale))
+
+
+@triton.jit
+def group_factor(byte, top):
+    """2^(e - E + 13): what a group's codes are multiplied by."""
+    exponent = tl.maximum(byte - top + 13, -100)  # far below the span everything rounds to zero
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_below(magnitude, limit):
+    """1.0 where magnitude < limit, else 0.0, also for NaN; limits 6 and 12, whose neighbours are 2^-22 away or more."""
+    if INTERPRET:
+        out = tl.where(magnitude < limit, 1.0, 0.0)
+    else:  # floating-point arithmetic has twice the rate of logic
+        out = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0fCB800000, $2;",
+            "=f,f,f", [magnitude, limit * 16777216.0], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def split_last(x):
+    """The eight parts of x [R, 4, 8], each [R, 4]."""
+    even, odd = tl.split(x.reshape(x.shape[0], 4, 2, 2, 2))
+    even_low, even_high = tl.split(even)
+    odd_low, odd_high = tl.split(odd)
+    x0, x4 = tl.split(even_low)
+    x2, x6 = tl.split(even_high)
+    x1, x5 = tl.split(odd_low)
+    x3, x7 = tl.split(odd_high)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def gather_bytes(a, b, c, d, BYTE: tl.constexpr):
+    """Byte number BYTE of each of four words."""
+    selector = a * 0 + (BYTE | ((4 + BYTE) << 4))
+    return permute_bytes(permute_bytes(a, b, selector), permute_bytes(c, d, selector), a * 0 + 0x5410)
+
+
+@triton.jit
+def pack_words(indices, signs):
+    """Words [R, 4] of eight codes: lowest three bits of uint32 `indices` [R, 4, 8], highest bit of `signs`."""
+    if INTERPRET:
+        shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
+        words = tl.sum(((indices & 7) | ((signs >> 31) << 3)) << shifts, axis=2)
+    else:
+        i0, i1, i2, i3, i4, i5, i6, i7 = split_last(indices)
+        s0, s1, s2, s3, s4, s5, s6, s7 = split_last(signs)
+        words = (gather_bytes(i0, i2, i4, i6, 0) & 0x07070707) | ((gather_bytes(i1, i3, i5, i7, 0) << 4) & 0x70707070)
+        words |= (gather_bytes(s0, s2, s4, s6, 3) >> 4) & 0x08080808
+        words |= gather_bytes(s1, s3, s5, s7, 3) & 0x80808080
+    return words
+
+
 @triton.jit
 def quantize_groups(
     v, groups, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
+    row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
 
-    Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask int32 [groups],
-    data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
+    Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask uint8
+    [groups, 4], data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is
+    rounded).
+
+    With `row_scale_ptr`, METHOD is "abs_max", data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS
+    whole rows of the operand from `first_row` on, padded with zeros.
     """
     largest = largest_bits(v)
     zero = largest == 0
     finite = largest < FIRST_NOT_FINITE
     if METHOD == "abs_max":
         exponent = abs_max_exponent(largest)
-        u = v * per_element(power_of_two(-exponent)) * 0.75
+        # One factor: the inner product is exact, or so small that its code is 0 in any case.
+        u = v * per_element(power_of_two(-exponent) * 0.75)
     else:
         exponent, wider_fits = quest_exponent(v, largest, METHOD, RULE)
         u = v * per_element(power_of_two(-exponent))
     magnitude = tl.abs(u)
 
-    limit = 6.0
+    limit = tl.full((1, 1, 1), 6.0, tl.float32)
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
         values = values_of(rounded)
+    elif METHOD == "abs_max" and codes_ptr is None:
+        values = signed_rounding(u)
     elif METHOD == "abs_max" or RULE != "mse":
         if METHOD == "abs_max":
             shift = rounding_shift(u)
@@ -259,38 +426,49 @@ def quantize_groups(
         wide_values = wide - wide_shift
         # (u - wide)^2 - (u - narrow)^2, without the rounding of two sums
         gain = (narrow_values - wide_values) * (2.0 * magnitude - (narrow_values + wide_values))
-        widen = group_sum(gain) < 0
-        widen = widen & wider_fits & (exponent < MAX_EXPONENT)
+        widen = (group_sum(gain) < 0) & wider_fits
         rounded = tl.where(per_element(widen), wide, narrow)
         values = tl.where(per_element(widen), wide_values, narrow_values)
         limit = per_element(tl.where(widen, 12.0, 6.0))
 
+    if STOCHASTIC or codes_ptr is not None:
+        values = signed(values, v.to(tl.uint32, bitcast=True))
+
     if codes_ptr is not None:
-        shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
-        # Sign below the index is one funnel shift an element; digits are put in order a word at a time.
-        digits = ((rounded.to(tl.uint32, bitcast=True) << 1) | (v.to(tl.uint32, bitcast=True) >> 31)) & 15
-        words = tl.sum(digits << shifts, axis=2)
-        words = (((words >> 1) & 0x77777777) | ((words & 0x11111111) << 3)).to(tl.int32, bitcast=True)
+        words = pack_words(rounded.to(tl.uint32, bitcast=True), v.to(tl.uint32, bitcast=True))
+        words = words.to(tl.int32, bitcast=True)
         if METHOD != "abs_max" and RULE == "mse":
             # The same number has an index lower by 2 in the wider grid: subtract in each digit, modulo 8.
-            fewer = ((words | -0x77777778) - 0x22222222) & 0x77777777
-            words = tl.where(widen[:, None], fewer | (words & -0x77777778), words)
+            lower = tl.where(widen, 0x22222222, 0)[:, None]
+            words = (((words | -0x77777778) - lower) & 0x77777777) | (words & -0x77777778)
         words = tl.where((finite & ~zero)[:, None], words, 0)
         words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(codes_ptr + words_at, words, mask=inside[:, None])
+    byte = exponent + 127
+    if METHOD != "abs_max" and RULE == "mse":
+        byte += widen.to(tl.int32)
+    byte = tl.where(finite, tl.where(zero, 0, byte), 255)
     if scales_ptr is not None:
-        byte = exponent + 127
-        if METHOD != "abs_max" and RULE == "mse":
-            byte += widen.to(tl.int32)
-        byte = tl.where(finite, tl.where(zero, 0, byte), 255)
         tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
     if mask_ptr is not None:
-        bits = (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]).to(tl.uint32)[None, :, :]
-        below = (magnitude - limit).to(tl.uint32, bitcast=True) >> 31  # the sign bit: magnitude < limit
-        keep = group_sum(below << bits).to(tl.int32, bitcast=True)
-        tl.store(mask_ptr + groups, tl.where(finite, keep, -1), mask=inside)
-    if data_ptr is not None:
+        weights = ((127 + tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)[None, None, :]
+        keep = tl.sum(is_below(magnitude, limit) * weights, axis=2)
+        keep = (keep + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+        keep = tl.where(finite[:, None], keep, 0xFF).to(tl.uint8)
+        tl.store(mask_ptr + (groups[:, None] * 4 + tl.arange(0, 4)[None, :]), keep, mask=inside[:, None])
+    if row_scale_ptr is not None:
+        R: tl.constexpr = v.shape[0]
+        largest_key = tl.max(row_key(byte, byte != 0).reshape(ROWS, R // ROWS), axis=1)
+        row = first_row + tl.arange(0, ROWS)
+        tl.store(row_scale_ptr + row, row_scale_of(largest_key), mask=row < n_rows)
+        top = tl.broadcast_to(row_top(largest_key)[:, None], (ROWS, R // ROWS)).reshape(R)
+        even, odd = tl.split((values * per_element(group_factor(byte, top))).reshape(R, 4, 2, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        data = tl.where(per_element(finite), fp8_word(first, second, third, fourth), 0)
+        data_at = (groups * 8)[:, None, None] + (tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :])[None, :, :]
+        tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, None, None])
+    elif data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
-        values = signed(values, v.to(tl.uint32, bitcast=True))
         data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
         tl.store(data_ptr + data_at, to_bfloat16(values * per_element(scale)), mask=inside[:, None, None])

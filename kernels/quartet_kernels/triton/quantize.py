@@ -3,8 +3,9 @@
     forward:  v = x H g^-1/2,      quantised as the configuration says, grouped along x's rows
     backward: v = (x D) H 32^-1/2, abs-max scale, along x's rows or, without a transposed copy, along its columns
 
-Where the GEMM reads FP8, a second launch expands the codes, which the L2 cache still holds, relative to the largest
-exponent of each row; that exponent is only known when the whole row is quantised.
+Where the GEMM reads FP8, a second launch expands the codes relative to the largest exponent of each row, which is only
+known when the whole row is quantised. Gradients whose rows fit into one tile are written as FP8 at once: programs that
+hold longer rows are too few to hide their latency.
 """
 
 from functools import lru_cache
@@ -23,40 +24,63 @@ from .expand import expand
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
-PROGRAMS = 8  # a multiprocessor
+FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
+PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
+TOKENS_PER_TILE = 128
 FEATURES_PER_TILE = 128 if INTERPRET.value else 64
+TRANSPOSED_PROGRAMS = 8
 TRANSPOSED_STAGES = 1  # copied ahead, a tile could only be transposed element by element
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n_groups"])
+@triton.jit(do_not_specialize=["n_rows", "n_groups"])
 def quantize_rows_kernel(
-    x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, n_groups, factor, row_stride,
-    K: tl.constexpr, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, row_scale_ptr, n_rows, n_groups,
+    factor, row_stride, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr, PER_ROW: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of R consecutive groups of x [M, K], taken as one row-major sequence of n_groups = M K / 32."""
+    """Tiles of R groups of x [n_rows, 32 n_groups], taken as one row-major sequence of groups (row_stride is only for x
+    that is not CONTIGUOUS); where `row_scale_ptr` is given, of whole rows, each padded to PER_ROW groups."""
     WIDTH: tl.constexpr = 32 if G == 0 else G
     block = tl.arange(0, R * 32 // WIDTH)
     column = tl.arange(0, WIDTH)
     local = tl.arange(0, R)
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, G, x_ptr.dtype.element_ty)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_groups, R), tl.num_programs(0), num_stages=STAGES):
-        first = tl.cast(tile, tl.int64) * R
-        left = n_groups - tile * R  # groups from here to the end
-        if CONTIGUOUS:
-            x_at = first * 32 + (block[:, None] * WIDTH + column[None, :])
-        else:
-            index = tile * R + block * (WIDTH // 32)
-            row = index // (K // 32)
-            x_at = (row.to(tl.int64) * row_stride + (index - row * (K // 32)) * 32)[:, None] + column[None, :]
-        x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
-        v = rotate(x, matrix, factor)
-        quantize_groups(
-            v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
-            METHOD, RULE, STOCHASTIC, ROLE,
-        )  # fmt: skip
+    if row_scale_ptr is not None:
+        ROWS: tl.constexpr = R // PER_ROW
+        for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+            first_row = tile * ROWS
+            row = block * (WIDTH // 32) // PER_ROW
+            index = block * (WIDTH // 32) % PER_ROW
+            x_at = ((first_row + row).to(tl.int64) * row_stride + index * 32)[:, None] + column[None, :]
+            x = tl.load(x_ptr + x_at, mask=((row < n_rows - first_row) & (index < n_groups))[:, None], other=0.0)
+            v = rotate(x, matrix, factor)
+            row = local // PER_ROW
+            index = local % PER_ROW
+            groups = tl.cast(first_row, tl.int64) * n_groups + (row * n_groups + index)
+            quantize_groups(
+                v, groups, (row < n_rows - first_row) & (index < n_groups), seed_ptr, codes_ptr, scales_ptr, mask_ptr,
+                data_ptr, METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, first_row, n_rows, ROWS,
+            )  # fmt: skip
+    else:
+        total = n_rows * n_groups
+        for tile in tl.range(tl.program_id(0), tl.cdiv(total, R), tl.num_programs(0), num_stages=STAGES):
+            first = tl.cast(tile, tl.int64) * R
+            left = total - tile * R  # groups from here to the end
+            if CONTIGUOUS:
+                x_at = first * 32 + (block[:, None] * WIDTH + column[None, :])
+            else:
+                index = tile * R + block * (WIDTH // 32)
+                row = index // n_groups
+                x_at = (row.to(tl.int64) * row_stride + (index - row * n_groups) * 32)[:, None] + column[None, :]
+            x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
+            v = rotate(x, matrix, factor)
+            quantize_groups(
+                v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+                METHOD, RULE, STOCHASTIC, ROLE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -111,11 +135,6 @@ def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return 1 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def transposed_tile(rounding: str) -> tuple[int, int]:
-    """Tokens of a tile, and programs a multiprocessor: random bits take registers."""
-    return (64, 8) if rounding == "stochastic" else (128, 4)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -175,7 +194,7 @@ def quantize_forward(
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device, x.dtype)
     quest = config.forward_method == "quest"
     _launch_rows(
-        x, matrix, None, None, codes, scales, mask_words, data,
+        x, matrix, None, None, codes, scales, mask_words, data, None, FORWARD_PROGRAMS,
         METHOD=config.statistic if quest else "abs_max", RULE=config.scale_rule if quest else None,
         STOCHASTIC=False, ROLE=0, SIGN_ROLE=None,
     )  # fmt: skip
@@ -196,19 +215,28 @@ def _launch_rows(
     scales: Tensor | None,
     mask: Tensor | None,
     data: Tensor | None,
+    row_scale: Tensor | None,
+    per_multiprocessor: int,
     **constants: Any,
 ) -> None:
-    n_groups = x.numel() // 32
-    if n_groups == 0:
+    rows, n_groups = x.shape[0], x.shape[1] // 32
+    if rows * n_groups == 0:
         return
     width = 0 if matrix is None else matrix.shape[0]
-    # A product needs 64 rows for the tensor cores of Hopper.
-    tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(n_groups)), 64 * max(width, 64) // 32)
-    contiguous = x.is_contiguous()  # then its shape does not matter, and another one compiles nothing
-    quantize_rows_kernel[programs(triton.cdiv(n_groups, tile), x.device, PROGRAMS)](
-        x, matrix, signs, seed, words(codes), scales, mask, data, n_groups, inverse_root(max(width, 1)),
-        0 if contiguous else x.stride(0), K=0 if contiguous else x.shape[1], CONTIGUOUS=contiguous, G=width, R=tile,
-        STAGES=STAGES, num_warps=NUM_WARPS, **constants,
+    smallest = 64 * max(width, 64) // 32  # a product needs 64 rows for the tensor cores of Hopper
+    contiguous = x.is_contiguous() or row_scale is not None  # else its strides matter, which compiles another kernel
+    if row_scale is None:
+        per_row, row_stride = 0, 0 if contiguous else x.stride(0)
+        tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(rows * n_groups)), smallest)
+        tiles = triton.cdiv(rows * n_groups, tile)
+    else:
+        per_row, row_stride = triton.next_power_of_2(n_groups), x.stride(0)
+        tile = GROUPS_PER_TILE
+        tiles = triton.cdiv(rows, tile // per_row)
+    quantize_rows_kernel[programs(tiles, x.device, per_multiprocessor)](
+        x, matrix, signs, seed, words(codes), scales, None if mask is None else mask.view(torch.uint8), data,
+        row_scale, rows, n_groups, inverse_root(max(width, 1)), row_stride, CONTIGUOUS=contiguous, G=width, R=tile,
+        PER_ROW=per_row, STAGES=STAGES, num_warps=NUM_WARPS, **constants,
     )  # fmt: skip
 
 
@@ -234,18 +262,26 @@ def quantize_backward(
     stochastic = rounding == "stochastic"
     matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device, x.dtype)
     sign_role = sign_role if signs is None else None
-    constants = {"STOCHASTIC": stochastic, "ROLE": role if stochastic else 0, "SIGN_ROLE": sign_role}
+    constants: dict[str, Any] = {"STOCHASTIC": stochastic, "ROLE": role if stochastic else 0, "SIGN_ROLE": sign_role}
     if not transpose:
+        constants |= {"METHOD": "abs_max", "RULE": None}
+        if operand == "fp8" and 0 < columns <= 32 * GROUPS_PER_TILE:  # a program holds whole rows: no codes are needed
+            fp8 = torch.empty(rows, columns, dtype=torch.float8_e5m2, device=x.device)
+            row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+            _launch_rows(
+                x, matrix, signs, seed, None, None, None, fp8.view(torch.int32), row_scale, PROGRAMS[rounding],
+                **constants,
+            )  # fmt: skip
+            return fp8, row_scale
         codes, scales, data = empty_operand(rows, columns, operand, x.device)
-        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, METHOD="abs_max", RULE=None, **constants)
+        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, None, PROGRAMS[rounding], **constants)
         return finish_operand(codes, scales, data, operand)
     codes, scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, x.device)
     if x.numel() > 0:
-        tokens, per_multiprocessor = transposed_tile(rounding)
-        tiles = triton.cdiv(rows, tokens) * triton.cdiv(columns, FEATURES_PER_TILE)
-        quantize_columns_kernel[programs(tiles, x.device, per_multiprocessor)](
+        tiles = triton.cdiv(rows, TOKENS_PER_TILE) * triton.cdiv(columns, FEATURES_PER_TILE)
+        quantize_columns_kernel[programs(tiles, x.device, TRANSPOSED_PROGRAMS)](
             x, matrix, signs, seed, words(codes), scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
-            x.stride(0), TOKENS=tokens, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES,
+            x.stride(0), TOKENS=TOKENS_PER_TILE, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES,
             num_warps=NUM_WARPS, **constants,
         )  # fmt: skip
     return finish_operand(codes, scales, data, operand)

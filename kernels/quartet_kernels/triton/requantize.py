@@ -9,10 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import load_rotation, signed, to_bfloat16, values_of
+from .common import INTERPRET, load_rotation, to_bfloat16
 from .quantize import (
     FEATURES_PER_TILE,
     NUM_WARPS,
+    TOKENS_PER_TILE,
+    TRANSPOSED_PROGRAMS,
     TRANSPOSED_STAGES,
     Operand,
     empty_operand,
@@ -20,9 +22,28 @@ from .quantize import (
     inverse_root,
     programs,
     quantize_transposed_tile,
-    transposed_tile,
     words,
 )
+
+
+@triton.jit
+def decode_pairs(codes, scale):
+    """bfloat16 [..., 2]: code * scale of the two codes in each byte; bytes and bfloat16 bits of scales as uint32."""
+    # Indices as leading bits are 2^-126 times the numbers, .5 a subnormal; both of a byte at once.
+    pairs = ((codes * (4097 << 6)) & 0x01C001C0) | ((codes * (4097 << 12)) & 0x80008000)
+    if INTERPRET:
+        scale = (scale << 16).to(tl.float32, bitcast=True)
+        low = to_bfloat16((pairs << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale)
+        high = to_bfloat16((pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale)
+    else:  # products plus -0, since sm_80 has no product alone
+        pairs = tl.inline_asm_elementwise(
+            "{.reg .b32 scale, power, none; mov.b32 power, 0x7E807E80; prmt.b32 scale, $2, $2, 0x1010;"
+            " mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, power, none; fma.rn.bf16x2 $0, $0, scale, none;}",
+            "=&r,r,r", [pairs, scale], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+        low = pairs.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        high = (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low, high)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -47,12 +68,9 @@ def requantize_kernel(
         byte = tl.load(in_scales_ptr + scales_at, mask=inside & (group < n_features // 32), other=0).to(tl.uint32)
 
         # 2^(byte - 127): byte 0 is a subnormal, 255 a NaN.
-        scale = tl.where(byte == 0, 0x00400000, tl.where(byte == 255, 0x7FC00000, byte << 23))
-        scale = scale.to(tl.float32, bitcast=True)[:, :, None]
+        scale = tl.where(byte == 0, 0x0040, tl.where(byte == 255, 0x7FC0, byte << 7))[:, :, None]
         scale = tl.broadcast_to(scale, (TOKENS, FEATURES // 32, 16)).reshape(TOKENS, FEATURES // 2)
-        low = signed(values_of(codes & 7), codes << 28) * scale
-        high = signed(values_of((codes >> 4) & 7), codes << 24) * scale
-        x = tl.join(to_bfloat16(low), to_bfloat16(high)).reshape(TOKENS, FEATURES)
+        x = decode_pairs(codes, scale).reshape(TOKENS, FEATURES)
         quantize_transposed_tile(
             x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
             data_ptr, STOCHASTIC, ROLE,
@@ -76,13 +94,12 @@ def requantize(
     new_codes, new_scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, codes.device)
     stochastic = rounding == "stochastic"
     if codes.numel() > 0:
-        tokens, per_multiprocessor = transposed_tile(rounding)
-        tiles = triton.cdiv(rows, tokens) * triton.cdiv(columns, FEATURES_PER_TILE)
-        requantize_kernel[programs(tiles, codes.device, per_multiprocessor)](
+        tiles = triton.cdiv(rows, TOKENS_PER_TILE) * triton.cdiv(columns, FEATURES_PER_TILE)
+        requantize_kernel[programs(tiles, codes.device, TRANSPOSED_PROGRAMS)](
             codes.contiguous(), scales.contiguous(),
             rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, codes.device, torch.bfloat16), signs, seed,
             words(new_codes), new_scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
             STOCHASTIC=stochastic, ROLE=role if stochastic else 0, SIGN_ROLE=sign_role if signs is None else None,
-            TOKENS=tokens, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES, num_warps=NUM_WARPS,
+            TOKENS=TOKENS_PER_TILE, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES, num_warps=NUM_WARPS,
         )  # fmt: skip
     return finish_operand(new_codes, new_scales, data, operand)
