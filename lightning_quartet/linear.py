@@ -74,6 +74,10 @@ class QuartetLinear(nn.Linear):
                 seed=self._quartet_seed,
                 master=weight,
             )
+        if _is_dtensor(weight):
+            from lightning_quartet.tensor_parallel import parallel_linear
+
+            return parallel_linear(input, weight, self.bias, self.quartet_config, self._quartet_seed)
         # Nothing here differs between layers of one shape for the compiler: the layer's number is inside the seed.
         return quartet_linear(input, weight, self.bias, config=self.quartet_config, seed=self._quartet_seed)
 
@@ -269,6 +273,10 @@ def forget(root: nn.Module) -> None:
 
 def _seed_device(weight: Tensor) -> torch.device:
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    return hasattr(weight, "_local_tensor")
 
 
 def _distributed() -> bool:

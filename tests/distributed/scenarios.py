@@ -11,6 +11,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetQAT
@@ -111,16 +114,11 @@ class ShardedNet(Net):
     """Shards itself, for ModelParallelStrategy."""
 
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
         mesh = self.device_mesh["data_parallel"]
         for block in self.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh)
-        torch.distributed.fsdp.register_fsdp_forward_method(self, "training_step")
-
-
-GLOBAL_BATCH = 4
+        register_fsdp_forward_method(self, "training_step")
 
 
 def make_trainer(world_size: int, strategy: Any, epochs: int, **options: Any) -> pl.Trainer:
@@ -130,11 +128,11 @@ def make_trainer(world_size: int, strategy: Any, epochs: int, **options: Any) ->
     return pl.Trainer(accelerator="cpu", devices=world_size, strategy=strategy, **options)
 
 
-def batches(world_size: int, steps: int) -> DataLoader:
-    """Samples [32, 8]; rank r of n gets every n-th, so that global batches are the same for all n."""
-    data = torch.randn(GLOBAL_BATCH * steps, TOKENS, 8, generator=torch.Generator().manual_seed(7))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    return DataLoader(data[rank::world_size], batch_size=GLOBAL_BATCH // world_size)
+def batches(world_size: int, replicas: int, steps: int, global_batch: int = 4) -> DataLoader:
+    """Samples [32, 8]; replica r of n gets every n-th, so that global batches are the same for all n."""
+    data = torch.randn(global_batch * steps, TOKENS, 8, generator=torch.Generator().manual_seed(7))
+    replica = int(os.environ.get("LOCAL_RANK", 0)) * replicas // world_size
+    return DataLoader(data[replica::replicas], batch_size=global_batch // replicas)
 
 
 def train(
@@ -146,6 +144,7 @@ def train(
     fsdp: dict[str, Any] | None = None,
     kind: Callable[..., Net] = Net,
     data_steps: int | None = None,
+    global_batch: int = 4,
     save: str | None = None,
     resume: str | None = None,
     **options: Any,
@@ -155,9 +154,13 @@ def train(
     chosen: Any = QuartetFSDP(**fsdp) if fsdp is not None else strategy
     if strategy == "fsdp2":
         chosen = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    replicas = world_size
+    if strategy == "tensor_parallel":  # of two ranks each
+        replicas = world_size // 2
+        chosen = ModelParallelStrategy(data_parallel_size=replicas, tensor_parallel_size=2)
     data_steps = data_steps or steps
     trainer = make_trainer(world_size, chosen, max(1, steps // data_steps), callbacks=[QuartetQAT(config)], **options)
-    trainer.fit(net, batches(world_size, data_steps), ckpt_path=resume)
+    trainer.fit(net, batches(world_size, replicas, data_steps, global_batch), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
     return {
@@ -229,4 +232,26 @@ def refuse(kind: type[Net] = Net, qat: dict[str, Any] | None = None, averaging: 
     if averaging is not None:
         options = {"swa_lrs": 0.1} if averaging == "StochasticWeightAveraging" else {}
         callbacks.append(getattr(pl.callbacks, averaging)(**options))
-    make_trainer(2, QuartetFSDP(**fsdp), 1, callbacks=callbacks).fit(kind(), batches(2, 1))
+    make_trainer(2, QuartetFSDP(**fsdp), 1, callbacks=callbacks).fit(kind(), batches(2, 2, 1))
+
+
+class ParallelNet(Net):
+    """Each block cut over two ranks, for ModelParallelStrategy; the rest is whole on all."""
+
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        for block in self.blocks:
+            parallelize_module(block, mesh["tensor_parallel"], self.plan)
+        if mesh["data_parallel"].size() > 1:
+            for block in self.blocks:
+                fully_shard(block, mesh=mesh["data_parallel"])
+            fully_shard(self, mesh=mesh["data_parallel"])
+            register_fsdp_forward_method(self, "training_step")
+
+
+class CutNet(ParallelNet):
+    """Cut so that a rank gets half a group."""
+
+    plan = {"up": RowwiseParallel(input_layouts=Replicate())}

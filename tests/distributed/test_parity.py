@@ -3,6 +3,7 @@
 import pytest
 import scenarios
 import torch
+from processes import Failure
 
 from lightning_quartet import QuartetConfig
 
@@ -25,6 +26,7 @@ WAYS = {
     "ddp": {"strategy": "ddp"},
     "fsdp2": {"strategy": "fsdp2", "kind": scenarios.ShardedNet},
     "quartet_fsdp": {"strategy": "quartet_fsdp"},
+    "tensor parallel": {"strategy": "tensor_parallel", "kind": scenarios.ParallelNet},
 }
 
 
@@ -66,7 +68,8 @@ def test_ranks_draw_different_bits_and_repeat_them(ranks, way):
         assert torch.equal(weight, second[0]["weights"][name]), name
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+# Lightning clips no mixture of tensors and DTensors, which a model cut by tensor parallelism alone has.
+@pytest.mark.parametrize("way", [WAYS[name] for name in ("ddp", "fsdp2", "quartet_fsdp")], ids=str)
 def test_accumulation_and_clipping(ranks, one_process, way):
     options = {"steps": 2, "data_steps": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
     results = ranks(scenarios.train, **options, **way)
@@ -77,3 +80,9 @@ def test_accumulation_and_clipping(ranks, one_process, way):
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], weight, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(unclipped["weights"]["lm_head.bias"], expected["weights"]["lm_head.bias"], rtol=1e-4)
+
+
+def test_tensor_parallelism_that_cuts_a_group_is_refused(ranks):
+    with pytest.raises(Failure, match="must be a multiple of 32 x 2") as failure:
+        ranks(scenarios.train, strategy="tensor_parallel", kind=scenarios.CutNet)
+    assert failure.value.name == "MisconfigurationException"

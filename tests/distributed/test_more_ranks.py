@@ -1,0 +1,44 @@
+"""What needs more than two processes."""
+
+import pytest
+import scenarios
+from processes import Ranks
+
+pytestmark = pytest.mark.slow
+STEPS = {"steps": 3, "model": {"optimizer": "AdamW", "lr": 1e-3}}
+
+
+def assert_same_weights(results, expected):
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.fixture
+def several(request):
+    pool = Ranks(request.param)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("several", [3], indirect=True)
+def test_rows_that_do_not_divide_evenly(several, tmp_path):
+    options = {**STEPS, "global_batch": 3, "strategy": "quartet_fsdp", "world_size": 3}
+    results = several(scenarios.train, **options)
+    assert_same_weights(results, scenarios.train(world_size=1, global_batch=3, **STEPS))
+    options["folder"] = str(tmp_path)
+    del options["steps"], options["strategy"]
+    for result in several(scenarios.train_and_resume, **options):
+        assert result["first"]["losses"] + result["second"]["losses"] == result["whole"]["losses"]
+
+
+@pytest.mark.parametrize("several", [4], indirect=True)
+def test_fsdp2_times_tensor_parallel(several):
+    results = several(
+        scenarios.train,
+        strategy="tensor_parallel",
+        world_size=4,
+        kind=scenarios.ParallelNet,
+        gradient_clip_val=0.05,
+        **STEPS,
+    )
+    assert_same_weights(results, scenarios.train(world_size=1, **STEPS))
