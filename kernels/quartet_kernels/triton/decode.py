@@ -8,6 +8,8 @@ rows of W. Its warps share K: warp w multiplies every GROUPS-th group of 32, one
 applied to the float32 result; their sums are added once at the end. No order of additions depends on the schedule.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from .matmul import decode_codes
 
 GROUPS = 16  # a program, and its warps
 STAGES = 4
+FEW_STAGES = 3  # where a program may have less than 160 KB of shared memory
 ROWS = 64
 FEW_ROWS = 32  # where 64 would leave multiprocessors without a program
 MIN_PROGRAMS = 100
@@ -142,6 +145,14 @@ def decode_kernel(
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=rows_in[:, None] & (tokens < M)[None, :])
 
 
+@lru_cache
+def _stages(device: torch.device) -> int:
+    if device.type != "cuda":
+        return STAGES
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return STAGES if shared >= 160 * 1024 else FEW_STAGES
+
+
 def decode_matmul(
     x: Tensor, codes: Tensor, scales: Tensor, *, alpha: float, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -165,6 +176,6 @@ def decode_matmul(
     decode_kernel[(triton.cdiv(N, rows),)](
         x.contiguous().view(torch.uint32), codes.contiguous(), scales.contiguous(), out if bias is None else bias, out,
         alpha, M, N, K, BIAS=bias is not None, BLOCK_N=rows, GROUPS=GROUPS, TOKENS=max(8, triton.next_power_of_2(M)),
-        STAGES=STAGES, WHOLE=N % rows == 0 and K % (32 * GROUPS) == 0, NVIDIA=nvidia, num_warps=GROUPS,
+        STAGES=_stages(x.device), WHOLE=N % rows == 0 and K % (32 * GROUPS) == 0, NVIDIA=nvidia, num_warps=GROUPS,
     )  # fmt: skip
     return out
