@@ -1,5 +1,6 @@
 """Every Python block of the documents runs, every `lightning-quartet` command parses, and CI runs the README's line."""
 
+import argparse
 import re
 import shlex
 import sys
@@ -22,15 +23,23 @@ def blocks(language: str) -> list[pytest.param]:  # type: ignore[valid-type]
     return found
 
 
-def commands() -> list[pytest.param]:  # type: ignore[valid-type]
+def commands(program: str) -> list[list[str]]:
+    """The commands of all shell blocks that begin with this program."""
     found = {}
     for block in blocks("bash"):
         for line in block.values[0].replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 words = shlex.split(part, comments=True)
-                if words[:1] == ["lightning-quartet"] and words[1] in TRAINER_COMMANDS:
+                if words[:1] == [program]:
                     found[shlex.join(words)] = words
-    return [pytest.param(words, id=name[:80]) for name, words in found.items()]
+    return list(found.values())
+
+
+def parameters(lines: list[list[str]]) -> list[pytest.param]:  # type: ignore[valid-type]
+    return [pytest.param(words, id=shlex.join(words)[:80]) for words in lines]
+
+
+OURS = commands("lightning-quartet")
 
 
 def pages() -> list[pytest.param]:  # type: ignore[valid-type]
@@ -50,7 +59,7 @@ def test_python_blocks_run(codes: list[str], tmp_path: Path, monkeypatch: pytest
         exec(compile(code, f"block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", parameters([words for words in OURS if words[1] in TRAINER_COMMANDS]))
 def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_quartet.__main__ import main
 
@@ -60,6 +69,32 @@ def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch, capsy
         main()
     assert stop.value.code in (0, None)
     assert "trainer:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", parameters([words for words in OURS if words[1] not in TRAINER_COMMANDS]))
+def test_tools_take_these_options(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_quartet.cli import TOOLS, main
+
+    assert words[1] in TOOLS
+    parse = argparse.ArgumentParser.parse_args
+
+    class Parsed(Exception):
+        pass
+
+    def stop(self: argparse.ArgumentParser, *arguments: object) -> None:
+        parse(self, *arguments)  # type: ignore[call-overload]  # a wrong option leaves with SystemExit
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        main(words[1:])
+
+
+def test_scripts_are_there() -> None:
+    scripts = [words[1] for words in commands("python") if words[1].endswith(".py")]
+    assert "examples/compare.py" in scripts
+    for script in scripts:
+        assert (ROOT / script).is_file(), script
 
 
 def test_one_line_runs_the_main_job_and_one_passes_the_tests() -> None:
