@@ -66,7 +66,8 @@ class QuartetMonitor(Callback):
     uncompiled: compiled code does not call the hooks.
 
     Not measured: inputs and gradients of layers in a high-precision phase, weights that are packed (their exact values
-    are gone), alignment where a layer's weight is packed or gathered as 4-bit codes.
+    are gone), alignment where a layer's weight is packed or gathered as 4-bit codes, and under tensor parallelism anything
+    but weights.
 
     Args:
         every_n_steps: Optimizer steps between measurements; step 0 is measured.
@@ -246,7 +247,7 @@ class _Observation:
         weight: Any = layer.weight.detach()
         weight = weight.to_local() if hasattr(weight, "to_local") else weight
         weight = getattr(weight, "plain", weight)
-        if weight.dim() == 2 and weight.shape[1] == layer.in_features and weight.shape[0]:
+        if weight.dim() == 2 and weight.numel():  # not a piece of a flat buffer
             self._project(name, WEIGHTS, weight[:: self._every(weight.shape[0])], layer)
 
     def _forward(
