@@ -1,13 +1,14 @@
-"""What MXFP4 costs on a recipe: three results on the same data from the same start, as a Markdown table.
+"""What MXFP4 costs on a recipe: results on the same data from the same start, as a Markdown table.
 
-    python examples/compare.py examples/classify_text/config.yaml [--seeds 1 2 3] [--any.option=value ...]
+    python examples/compare.py examples/classify_text/config.yaml [--seeds 1 2 3] [--recipes quartet bf16_backward]
 
-float32            trained and evaluated without QuartetQAT, in the YAML's precision
+high precision     trained and evaluated without MXFP4, in the YAML's precision
 after training     the same weights, evaluated with MXFP4 products
-MXFP4 training     trained and evaluated with QuartetQAT as the YAML has it
+MXFP4 training     trained and evaluated with the YAML's QuartetQAT, or with each of --recipes
 
-More options go to `lightning-quartet` as they are. The numbers are those that the model logs in its test (in its
-validation where it has no test); the runs' folders are `runs/compare/...`.
+More options go to `lightning-quartet` as they are: --trainer.precision=bf16-mixed, say. The numbers are those that
+the model logs in its test; with them the training's last tokens per second, where the model logs them, and its peak
+memory on a GPU. The runs' folders are `runs/compare/...`.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 QAT = "lightning_quartet.QuartetQAT"
 
@@ -53,26 +53,40 @@ def build(config: dict[str, Any], options: list[str], seed: int) -> LightningCLI
 
 
 def evaluate(cli: LightningCLI) -> dict[str, float]:
-    """What the model logs in its test, or in its validation."""
-    stage = cli.trainer.test if is_overridden("test_step", cli.model) else cli.trainer.validate
-    (results,) = stage(cli.model, cli.datamodule, verbose=False)
+    """What the model logs in its test."""
+    (results,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     return dict(results)
 
 
-def compare(config: dict[str, Any], options: list[str], seed: int) -> dict[str, dict[str, float]]:
+def train(cli: LightningCLI) -> dict[str, float]:
+    """The test's results after a training, and what the training took."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    cli.trainer.fit(cli.model, cli.datamodule)
+    took = {}
+    if "tokens_per_second" in cli.trainer.callback_metrics:
+        took["tokens/s"] = cli.trainer.callback_metrics["tokens_per_second"].item()
+    if torch.cuda.is_available():
+        took["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return {**evaluate(cli), **took}
+
+
+def compare(config: dict[str, Any], options: list[str], seed: int, recipes: list[str]) -> dict[str, dict[str, float]]:
     """Row of the table to its results."""
     plain, ours = split(config)
     rows = {}
     trained = build(plain, options, seed)
-    trained.trainer.fit(trained.model, trained.datamodule)
-    rows["float32"] = evaluate(trained)
+    rows["high precision"] = train(trained)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
+    del trained
     after = build(ours, options, seed)
     after.model.load_state_dict(weights)
     rows["after training"] = evaluate(after)
-    quartet = build(ours, options, seed)
-    quartet.trainer.fit(quartet.model, quartet.datamodule)
-    rows["MXFP4 training"] = evaluate(quartet)
+    del after
+    for recipe in recipes or [""]:
+        if recipe:
+            ours["trainer"]["callbacks"][0].setdefault("init_args", {})["config"] = recipe
+        rows[f"MXFP4 training {recipe}".rstrip()] = train(build(ours, options, seed))
     return rows
 
 
@@ -83,7 +97,10 @@ def table(runs: list[dict[str, dict[str, float]]]) -> str:
     for row in runs[0]:
         cells = []
         for metric in metrics:
-            values = [run[row][metric] for run in runs]
+            values = [run[row][metric] for run in runs if metric in run[row]]
+            if not values:
+                cells.append("")
+                continue
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.4f}{spread}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -94,9 +111,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--recipes", nargs="+", default=[])
     arguments, options = parser.parse_known_args(argv)
     config = yaml.safe_load(arguments.config.read_text())
-    runs = [compare(config, options, seed) for seed in arguments.seeds]
+    runs = [compare(config, options, seed, arguments.recipes) for seed in arguments.seeds]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{arguments.config}, {device}, torch {torch.__version__}, seeds {arguments.seeds}\n\n{table(runs)}")
 

@@ -66,8 +66,8 @@ class QuartetMonitor(Callback):
     uncompiled: compiled code does not call the hooks.
 
     Not measured: inputs and gradients of layers in a high-precision phase, weights that are packed (their exact values
-    are gone), alignment where a layer's weight is packed or gathered as 4-bit codes, and under tensor parallelism anything
-    but weights.
+    are gone), alignment where a layer's weight is packed or gathered as 4-bit codes, and anything but weights under
+    tensor parallelism.
 
     Args:
         every_n_steps: Optimizer steps between measurements; step 0 is measured.

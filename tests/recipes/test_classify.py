@@ -102,7 +102,7 @@ def test_examples_run(name: str, request: pytest.FixtureRequest, monkeypatch: py
     assert (run / "snr_db.png").stat().st_size > 1000
 
 
-def test_compare_gives_three_rows(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(text_folder)
     script = runpy.run_path(str(EXAMPLES / "compare.py"))
     config = yaml.safe_load((EXAMPLES / "classify_text" / "config.yaml").read_text())
@@ -110,16 +110,17 @@ def test_compare_gives_three_rows(text_folder: Path, monkeypatch: pytest.MonkeyP
     assert plain["trainer"]["callbacks"] == []
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
     quick = [*options("classify_text", text_folder), "--trainer.max_epochs=6", "--model.init_args.learning_rate=3e-3"]
-    rows = script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1)
-    assert list(rows) == ["float32", "after training", "MXFP4 training"]
+    rows = script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"])
+    trained = ["MXFP4 training quartet", "MXFP4 training bf16_backward"]
+    assert list(rows) == ["high precision", "after training", *trained]
     losses = [row["test_loss"] for row in rows.values()]
-    assert len(set(losses)) == 3
-    assert rows["float32"]["test_accuracy"] == 1  # the classes are in the words
-    assert rows["MXFP4 training"]["test_accuracy"] == 1
+    assert len(set(losses)) == 4
+    for row in ("high precision", *trained):
+        assert rows[row]["test_accuracy"] == 1  # the classes are in the words
     assert abs(losses[1] - losses[0]) < 0.5  # the same weights
     text = script["table"]([rows, rows])
     assert text.splitlines()[0] == "| | test_loss | test_accuracy |"
-    assert "| float32 | " in text
+    assert "| high precision | " in text
     assert " | 1.0000 ± 0.0000 |" in text
 
 
