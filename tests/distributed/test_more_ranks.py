@@ -22,11 +22,12 @@ def several(request):
 
 @pytest.mark.parametrize("several", [3], indirect=True)
 def test_rows_that_do_not_divide_evenly(several, tmp_path):
-    options = {**STEPS, "global_batch": 3, "strategy": "quartet_fsdp", "world_size": 3}
-    results = several(scenarios.train, **options)
-    assert_same_weights(results, scenarios.train(world_size=1, global_batch=3, **STEPS))
+    # Not one process: a mean over three scales gradients by what is no power of two, so other codes come out.
+    options = {**STEPS, "global_batch": 3, "world_size": 3}
+    results = several(scenarios.train, strategy="quartet_fsdp", **options)
+    assert_same_weights(results, several(scenarios.train, strategy="ddp", **options)[0])
     options["folder"] = str(tmp_path)
-    del options["steps"], options["strategy"]
+    del options["steps"]
     for result in several(scenarios.train_and_resume, **options):
         assert result["first"]["losses"] + result["second"]["losses"] == result["whole"]["losses"]
 
