@@ -49,10 +49,16 @@ def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
     return packed, words if mask else None, (data, scale) if data.dim() == 2 else packed
 
 
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _LastInput(threading.local):
     """The projection of the input that this thread's last layer read: q, k and v, or gate and up, read the same one.
 
-    It is dropped with the input. Compiled graphs need none: there, equal calls of an operator become one.
+    Only for activations that autograd made: a buffer that somebody keeps may be written in ways that leave its version
+    as it is (``.data``, a replayed CUDA graph). It is dropped with the input. Compiled graphs need none: there, equal
+    calls of an operator become one.
     """
 
     def __init__(self) -> None:
@@ -61,7 +67,9 @@ class _LastInput(threading.local):
         self.projection: Projection | None = None
 
     def project(self, x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
-        key = (x._version, mask, config, torch.is_inference_mode_enabled())
+        if x.grad_fn is None:
+            return _project(x, config, mask)
+        key = (x._version, mask, config, _capturing(x))
         if self.projection is None or self.source is None or self.source() is not x or self.key != key:
             self.projection = _project(x, config, mask)
             self.key, self.source = key, weakref.ref(x, self._forget)
@@ -99,7 +107,7 @@ class WeightWindow(threading.local):
 
     def project(self, weight: Tensor, config: QuartetConfig, mask: bool) -> Projection:
         """The weight's projection, made anew outside a window or where the weight is not what it was."""
-        if self.step is None:
+        if self.step is None or _capturing(weight):  # a graph must quantise what it reads when it is replayed
             return _project(weight, config, mask)
         key = (weight.data_ptr(), weight._version, mask, config)
         found = self._projections.get(id(weight))
@@ -134,7 +142,7 @@ class _QuartetLinear(torch.autograd.Function):
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         clips = config.forward_method == "quest"
-        project = _project if torch.compiler.is_compiling() or x.is_inference() else _last_input.project
+        project = _project if torch.compiler.is_compiling() else _last_input.project
         x_packed, x_mask, a = project(x, config, need_dx and clips)
         w_mask = None
         ctx.finished = packed is None
@@ -364,8 +372,7 @@ def _bf16_operand(config: QuartetConfig) -> QuartetConfig:
 
 def _decode(x: Tensor, packed: Packed, bias: Tensor | None, config: QuartetConfig, out_dtype: torch.dtype) -> Tensor:
     """The forward for a few tokens: the codes of the other path, as bfloat16, times the packed weight."""
-    project = _project if torch.compiler.is_compiling() or x.is_inference() else _last_input.project
-    _, _, (data, _) = project(x, _bf16_operand(config), False)
+    _, _, (data, _) = _project(x, _bf16_operand(config), False)
     y = ops.decode_matmul(data, *packed, forward_factor(config) ** 2, bias, out_dtype)
     return y.view(*x.shape[:-1], y.shape[1])
 
