@@ -148,9 +148,7 @@ class GatheredWeight(Tensor):
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype, config: QuartetConfig) -> Self:
         shape = (codes.shape[0], codes.shape[1] * 2)
-        return Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=codes.device
-        )
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, config: QuartetConfig) -> None:
         self.codes, self.scales, self.config = codes, scales, config

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_quartet.__main__ import main
+from lightning_quartet.recipes import TextDataModule
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE_MODEL = ROOT / "examples" / "language_model"
@@ -76,6 +78,39 @@ def test_language_model_runs(
         *cut(tmp_path, short_corpus, steps=6),
         f"--ckpt_path={checkpoint}",
     )
+
+
+def test_finetune_llm_runs(tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = TextDataModule(str(short_corpus), vocabulary_size=512, sequence_length=32, batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.tokenizer is not None
+    model = tmp_path / "model"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=1, **sizes)).save_pretrained(model)
+    data.tokenizer.save(str(model / "tokenizer.json"))
+    config = ROOT / "examples" / "finetune_llm" / "config.yaml"
+    text = ROOT / "examples" / "finetune_llm" / "austen.txt.xz"
+    (tmp_path / "novel.txt").write_text(lzma.decompress(text.read_bytes()).decode()[:100_000])
+    quick = [
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        f"--model.init_args.pretrained={model}",
+        f"--data.init_args.tokenizer={model}",
+        "--data.init_args.path=novel.txt",
+        "--data.init_args.sequence_length=32",
+        "--data.init_args.batch_size=4",
+    ]
+    run(monkeypatch, "fit", "--config", str(config), *quick)
+    (folder,) = (tmp_path / "runs" / "finetune_llm").glob("version_0")
+    assert (folder / "loss_curve.png").stat().st_size > 1000
+    assert (folder / "sample.txt").read_text().startswith("It is a truth universally acknowledged,")
+    assert list((folder / "checkpoints").glob("*.ckpt"))
 
 
 def test_fabric_loop_learns(short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
