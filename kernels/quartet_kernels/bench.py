@@ -174,8 +174,10 @@ def linears(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Row]
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         plain.append(_time_layer(torch.compile(linear), x, dy, [linear.weight]))
+        torch._dynamo.reset()  # the last shape's graphs would make this one's dynamic
         for accumulation in ("fast", "precise") if select_backend("auto", device, dtype).name == "fp8" else ("auto",):
             candidates[f"quartet, {accumulation}"] = ours(accumulation=accumulation)
+        candidates["quartet, compiled"] = torch.compile(ours())
         candidates["quartet_stochastic"] = ours(backward_rounding="stochastic")
         candidates["bf16_backward"] = ours(backward_dtype="bf16")
         candidates["pseudo-quantised (bf16 operands, bf16 backward)"] = ours(backward_dtype="bf16", backend="bf16")

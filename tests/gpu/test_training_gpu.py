@@ -48,11 +48,10 @@ def data(batches: int = 20) -> DataLoader:
 
 
 def fit(model: Model, steps: int, tmp_path: Path, checkpoint: str | None = None, **options: object) -> pl.Trainer:
-    options = {"callbacks": [QuartetQAT()], "precision": "bf16-mixed"} | options
+    options = {"callbacks": [QuartetQAT()], "precision": "bf16-mixed", "max_steps": steps} | options
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,
-        max_steps=steps,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -95,24 +94,27 @@ def test_a_gradient_scaler_skips_a_step_that_overflows_and_recovers(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["quartet", "quartet_stochastic"])
 def test_resume_is_exact(recipe, tmp_path):
-    def options() -> dict[str, object]:
+    def options(epochs: int) -> dict[str, object]:
+        # Bounded by epochs: after `max_steps` at the end of one, Lightning 2.6 drops a batch on resuming.
         return {
             "callbacks": [QuartetQAT(recipe)],
             "deterministic": True,
             "accumulate_grad_batches": 2,
+            "max_steps": -1,
+            "max_epochs": epochs,
         }
 
     pl.seed_everything(0)
     whole = Model()
     start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     whole.net[2].p = 0.0  # Lightning stores no random state: dropout after a resume draws other masks
-    fit(whole, 20, tmp_path, **options())
+    fit(whole, 20, tmp_path, **options(2))
     first, second = Model(), Model()
     first.load_state_dict(start)
     first.net[2].p = second.net[2].p = 0.0
-    trainer = fit(first, 10, tmp_path, **options())
+    trainer = fit(first, 10, tmp_path, **options(1))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    fit(second, 20, tmp_path, checkpoint=str(tmp_path / "half.ckpt"), **options())
+    fit(second, 20, tmp_path, checkpoint=str(tmp_path / "half.ckpt"), **options(2))
     for (name, value), expected in zip(second.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(value.cpu(), expected.cpu()), name
     assert torch.equal(torch.stack(first.losses + second.losses), torch.stack(whole.losses))
