@@ -48,6 +48,11 @@ MODELS: dict[str, dict[str, int]] = {
     },
 }
 VOCABULARY = 32000
+RUNS: dict[str, QuartetConfig | None] = {
+    "bf16": None,
+    "quartet": QuartetConfig(),
+    "quartet_precise": QuartetConfig(accumulation="precise"),
+}
 
 
 class Step(pl.LightningModule):
@@ -119,19 +124,17 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument(
+        "--runs", choices=RUNS, nargs="+", default=list(RUNS), help="the first is what others compare with"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    runs: dict[str, QuartetConfig | None] = {
-        "bf16": None,
-        "quartet": QuartetConfig(),
-        "quartet, precise accumulation": QuartetConfig(accumulation="precise"),
-    }
     report: list[dict[str, Any]] = []
     for model in options.model:
         base = 0.0
-        for label, config in runs.items():
-            row = measure(model, options.batch, options.sequence, options.steps, config, not options.eager)
+        for label in options.runs:
+            row = measure(model, options.batch, options.sequence, options.steps, RUNS[label], not options.eager)
             base = base or row["tokens/s"]
             report.append({"model": model, "run": label, **row, "ratio": row["tokens/s"] / base})
     if options.json:

@@ -173,8 +173,8 @@ def linears(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Row]
     candidates: dict[str, Callable[[Tensor], Tensor]] = {}
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
-        plain.append(_time_layer(torch.compile(linear), x, dy, [linear.weight]))
         torch._dynamo.reset()  # the last shape's graphs would make this one's dynamic
+        plain.append(_time_layer(torch.compile(linear), x, dy, [linear.weight]))
         for accumulation in ("fast", "precise") if select_backend("auto", device, dtype).name == "fp8" else ("auto",):
             candidates[f"quartet, {accumulation}"] = ours(accumulation=accumulation)
         candidates["quartet, compiled"] = torch.compile(ours())
