@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader
 
 from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetQAT
+from lightning_quartet.gathered import ShardedWeight
 
 warnings.filterwarnings("ignore", module="lightning")
 EXACT = QuartetConfig(randomize_backward=False)
@@ -104,6 +105,9 @@ class Net(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -255,3 +259,45 @@ class CutNet(ParallelNet):
     """Cut so that a rank gets half a group."""
 
     plan = {"up": RowwiseParallel(input_layouts=Replicate())}
+
+
+def train_from_meta() -> dict[str, Any]:
+    """A model that is made on the ``meta`` device: the classes of its weights, and its losses."""
+    net = Net(meta=True)
+    make_trainer(2, "quartet_fsdp", 1).fit(net, batches(2, 2, 2))
+    return {
+        "losses": net.losses,
+        "sharded": [name for name, value in net.named_parameters() if isinstance(value._local_tensor, ShardedWeight)],
+        "devices": {value.device.type for value in net.parameters()},
+    }
+
+
+def dtypes(precision: str) -> dict[str, Any]:
+    """Dtypes while a block runs, and of the masters."""
+    net, seen = Net(), {}
+    original = Block.forward
+
+    def forward(block: Block, x: Tensor) -> Tensor:
+        seen.update(up=block.up.weight.dtype, kind=type(block.up.weight).__name__, norm=block.norm.weight.dtype)
+        return original(block, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", forward)
+        make_trainer(2, "quartet_fsdp", 1, precision=precision).fit(net, batches(2, 2, 2))
+    local = net.blocks[0].up.weight
+    return {**seen, "master": local.dtype, "losses": net.losses}
+
+
+def everything_but_training() -> list[Any]:
+    """Validation, a training, validation and prediction with one model; and a call outside of any step."""
+    net = Net()
+    data = batches(2, 2, 2)
+    results: list[Any] = []
+    for stage in ("validate", "fit", "validate", "predict"):
+        trainer = make_trainer(2, QuartetFSDP(), 1)
+        result = getattr(trainer, stage)(net, data)
+        if stage == "validate":
+            results.append(result[0]["val_loss"])
+    with torch.no_grad():
+        results.append(net(next(iter(data))).shape)
+    return results

@@ -127,3 +127,31 @@ def test_refusals_are_one_sentence(ranks, options, message):
 def test_unknown_precision_of_sums():
     with pytest.raises(ValueError, match="choose 'float32' or 'bfloat16'"):
         QuartetFSDP(reduce_dtype="float16")
+
+
+def test_a_model_on_the_meta_device(ranks):
+    for result in ranks(scenarios.train_from_meta):
+        assert result["sharded"] == [f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down")]
+        assert result["devices"] == {"cpu"}
+        assert all(0.3 < loss < 5 for loss in result["losses"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "computed", "master"),
+    [
+        ("32-true", torch.float32, torch.float32),
+        ("bf16-mixed", torch.bfloat16, torch.float32),
+        ("bf16-true", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(ranks, precision, computed, master):
+    for result in ranks(scenarios.dtypes, precision=precision):
+        assert result["kind"] == "GatheredWeight"
+        assert (result["up"], result["norm"], result["master"]) == (computed, computed, master)
+        assert all(0.3 < loss < 5 for loss in result["losses"])
+
+
+def test_validation_and_prediction_around_a_training(ranks):
+    for before, after, shape in ranks(scenarios.everything_but_training):
+        assert after < before
+        assert shape == (2, 32, 8)
