@@ -192,7 +192,9 @@ def _draw_layers(curves: Curves, measure: str) -> Figure | None:
         axes.set(title=tensor.replace("_", " "), xlabel="step")
         axes.set_xticks(_spaced(len(steps), 6), [str(steps[i]) for i in _spaced(len(steps), 6)])
         rows = _spaced(len(layers), _MAX_NAMES)
-        axes.set_yticks(rows, [list(layers)[i] for i in rows], fontsize=7)
+        names = [list(layers)[i] for i in rows]
+        repeated = tensor != present[0] and list(layers) == list(maps[present[0]])
+        axes.set_yticks(rows, [""] * len(rows) if repeated else names, fontsize=7)
         figure.colorbar(image, ax=axes)
     return figure
 
