@@ -301,3 +301,12 @@ def everything_but_training() -> list[Any]:
     with torch.no_grad():
         results.append(net(next(iter(data))).shape)
     return results
+
+
+def run_command(arguments: list[str]) -> None:
+    """The command line in this process."""
+    from lightning_quartet.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lightning-quartet", *arguments])
+        main()

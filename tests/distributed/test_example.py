@@ -1,0 +1,63 @@
+"""examples/distributed, cut to a few steps on two processes."""
+
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scenarios
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_configuration_trains_and_saves(ranks, tmp_path):
+    text = lzma.decompress((ROOT / "examples" / "language_model" / "sotu.txt.xz").read_bytes()).decode()
+    (tmp_path / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
+    arguments = [
+        "fit",
+        f"--config={ROOT / 'examples' / 'distributed' / 'config.yaml'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        "--trainer.limit_val_batches=1",
+        "--trainer.callbacks.init_args.every_n_train_steps=2",  # of the last callback
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--model.init_args.config.hidden_size=64",
+        "--model.init_args.config.intermediate_size=96",
+        "--model.init_args.config.num_hidden_layers=2",
+        "--model.init_args.config.num_attention_heads=2",
+        "--model.init_args.config.num_key_value_heads=1",
+        "--model.init_args.config.vocab_size=512",
+        f"--data.init_args.path={tmp_path / 'sotu.txt'}",
+        "--data.init_args.vocabulary_size=512",
+        "--data.init_args.sequence_length=32",
+        f"--data.init_args.cache_dir={tmp_path / 'cache'}",
+    ]
+    ranks(scenarios.run_command, arguments=arguments)
+    folders = list(tmp_path.glob("distributed/version_0/checkpoints/*.ckpt"))
+    assert len(folders) == 1
+    assert {path.name for path in folders[0].iterdir()} >= {".metadata", "meta.pt"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp"])
+def test_the_benchmark_counts_bytes(mode):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    size = "--layers 2 --dim 64 --hidden 128 --heads 2 --kv-heads 1 --vocabulary 256 --sequence 32 --batch 1"
+    steps = "--warm-up 1 --steps 2 --cpu --no-compile"
+    script = ROOT / "examples" / "distributed" / "benchmark.py"
+    done = subprocess.run(
+        [*launch, script, "--mode", mode, *size.split(), *steps.split()], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    weights, norms, root = 2 * 36864, 2 * 128, 2 * 256 * 64 + 64
+    traffic = {"all_reduced": 4 * (weights + norms + root)}
+    if mode != "ddp-quartet":
+        size_of_weight = 17 / 32 if mode == "quartet-fsdp" else 2
+        gathered = 2 * (weights * size_of_weight + 2 * norms) + 2 * root
+        traffic = {"gathered": gathered, "reduce_scattered": traffic["all_reduced"]}
+    assert json.loads(line)["bytes_per_step"] == traffic
