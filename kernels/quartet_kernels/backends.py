@@ -62,6 +62,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _check_name(name: str) -> None:
+    if name not in _REQUIREMENTS:
+        names = ", ".join(map(repr, ("reference", *_REQUIREMENTS)))
+        raise ValueError(f"There is no backend {name!r}; choose one of {names}.")
+
+
 @functools.cache
 def load_backend(name: str) -> Backend:
     """The backend of that name, whether or not a device here can run it.
@@ -72,8 +78,7 @@ def load_backend(name: str) -> Backend:
     """
     if name == "reference":
         return REFERENCE
-    if name not in _REQUIREMENTS:
-        raise ValueError(f"There is no backend {name!r}; choose one of {', '.join(map(repr, available_backends()))}.")
+    _check_name(name)
     if missing := _triton_missing():
         raise RuntimeError(f"Backend {name!r} {missing}; install triton or choose backend='reference'.")
     return importlib.import_module(".triton.backend", __package__).make_backend(name)
@@ -143,6 +148,7 @@ _REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
 def _missing(name: str, device: torch.device) -> str | None:
     if name == "reference":
         return None
+    _check_name(name)
     if interpreting() and device.type == "cpu":
         return _triton_missing()
     return _triton_missing() or _REQUIREMENTS[name](device)
@@ -180,9 +186,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
         name = os.environ.get(BACKEND_VARIABLE, "") or "auto"
     if name == "auto":
         return REFERENCE if dtype == torch.float64 else load_backend(_automatic(device))
-    backend = load_backend(name)
     if missing := _missing(name, device):
         raise RuntimeError(f"Backend {name!r} cannot run on {device}: it {missing}; use backend='auto'.")
     if dtype == torch.float64 and name != "reference":
         raise RuntimeError(f"Backend {name!r} has no float64; use float32 tensors or backend='reference'.")
-    return backend
+    return load_backend(name)
