@@ -123,7 +123,7 @@ weight_window = WeightWindow()
 class _QuartetLinear(torch.autograd.Function):
     """``y = Xq Wq^T + b`` in the rotated basis; the backward is the paper's Algorithm (App. A.1, v4).
 
-    x [..., K]; weight [N, K], or its packed codes and scales; y [..., N]. Saved for the backward: codes, scales and
+    x [..., K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and
     clip masks, 0.656 bytes an element; never x or the weight themselves. With both, the weight is not read: it only
     gets its gradient, as :func:`finish_gradient` takes it.
     """
@@ -169,17 +169,15 @@ class _QuartetLinear(torch.autograd.Function):
         accumulation = config.accumulation
         if accumulation == "auto" and config.transform_init == "identity":
             accumulation = "precise"  # without a rotation, products of one sign add up to what fast accumulation loses
-        y = ops.matmul(
+        return ops.matmul(
             *a, *b, factor * factor, bias, None, "identity", GROUP_SIZE, out_dtype, accumulation, config.backend
         )
-        return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
         dx = dw = db = None
-        dy = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
             dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype)
             dx = dx.view(ctx.x_shape)
@@ -350,7 +348,9 @@ def quartet_linear(
     bias_trains = torch.is_grad_enabled() and bias is not None and bias.requires_grad
     if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
         return _decode(x, packed, bias, config, out_dtype)
-    return _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
+    y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
+    # Not inside the function: autograd lets nobody write into a view that a function returned.
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 DECODE_TOKENS = 16
