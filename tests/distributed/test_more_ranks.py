@@ -39,7 +39,6 @@ def test_fsdp2_times_tensor_parallel(several):
         strategy="tensor_parallel",
         world_size=4,
         kind=scenarios.ParallelNet,
-        gradient_clip_val=0.05,
         **STEPS,
     )
     assert_same_weights(results, scenarios.train(world_size=1, **STEPS))
