@@ -64,20 +64,17 @@ class _LastInput(threading.local):
     def __init__(self) -> None:
         self.key: tuple[object, ...] = ()
         self.source: weakref.ref[Tensor] | None = None
-        self.projection: Projection | None = None
+        self.kept: list[Projection] = []
 
     def project(self, x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
         if x.grad_fn is None:
             return _project(x, config, mask)
         key = (x._version, mask, config, _capturing(x))
-        if self.projection is None or self.source is None or self.source() is not x or self.key != key:
-            self.projection = _project(x, config, mask)
-            self.key, self.source = key, weakref.ref(x, self._forget)
-        return self.projection
-
-    def _forget(self, source: weakref.ref[Tensor]) -> None:
-        if self.source is source:
-            self.source = self.projection = None
+        if not self.kept or self.source is None or self.source() is not x or self.key != key:
+            kept = [_project(x, config, mask)]
+            # Autograd's own threads may drop the input, and they do not see this thread's attributes.
+            self.key, self.kept, self.source = key, kept, weakref.ref(x, lambda _: kept.clear())
+        return self.kept[0]
 
 
 _last_input = _LastInput()
