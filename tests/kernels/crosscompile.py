@@ -1,6 +1,7 @@
-"""Compile the GEMM kernels for GPUs that are not here; say what the compilers made of them, a JSON object a line.
+"""Compile GEMMs and quantisers for GPUs that are not here; print what the compilers made of them, a JSON object a line.
 
-    python tests/kernels/crosscompile.py [--arch 90 --arch gfx950 ...]
+    python tests/kernels/crosscompile.py [--arch 90 --arch 100 ...]
+    python tests/kernels/crosscompile.py --amd
 
 Needs neither a GPU nor a driver: Triton brings its assemblers. Must not run under TRITON_INTERPRET=1, which turns every
 kernel into a Python function.
@@ -20,12 +21,17 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 
-from quartet_kernels.triton import fp8_matmul, matmul, native_matmul
+AMD = "--amd" in sys.argv
+if AMD:  # kernels ask when they are made
+    torch.version.hip = "cross-compiling"
+
+from quartet_kernels.triton import fp8_matmul, matmul, native_matmul, quantize, requantize  # noqa: E402
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 PACKED_ARCHITECTURES = ("80", "86", "89", "90", "100", "103", "120", "gfx942", "gfx950")
@@ -84,6 +90,37 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str]
             yield arch, "fp8_pointer", name, fp8_matmul.fp8_pointer_kernel, constants, types, 8, 2
 
 
+QUANTISER_ARCHITECTURES = ("80", "90", "100", "120", "gfx942", "gfx950")
+QUANTISER_TYPES = {
+    "x_ptr": "*bf16", "matrix_ptr": "*bf16", "seed_ptr": "*i64", "codes_ptr": "*i32", "scales_ptr": "*u8",
+    "mask_ptr": "*u8", "in_codes_ptr": "*u8", "in_scales_ptr": "*u8", "n_rows": "i32", "n_groups": "i32",
+    "n_tokens": "i32", "n_features": "i32", "factor": "fp32", "row_stride": "i32",
+}  # fmt: skip
+RUN_TIME = ("M", "n_rows", "n_groups", "n_tokens")
+"""Numbers of tokens: launches promise nothing about them."""
+
+
+def quantiser_cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str], int, int]]:
+    """The same of the quantisers that write packed codes: forward, gradient by column, packed to transposed."""
+    forward = {
+        "signs_ptr": None, "seed_ptr": None, "data_ptr": None, "row_scale_ptr": None, "row_stride": 0,
+        "CONTIGUOUS": True, "G": 32, "METHOD": "rms", "RULE": "mse", "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": None,
+        "R": quantize.GROUPS_PER_TILE, "PER_ROW": 0, "STAGES": quantize.STAGES,
+    }  # fmt: skip
+    tile = {
+        "signs_ptr": None, "data_ptr": None, "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1,
+        "TOKENS": quantize.TOKENS_PER_TILE, "FEATURES": quantize.FEATURES_PER_TILE,
+        "STAGES": quantize.TRANSPOSED_STAGES,
+    }  # fmt: skip
+    for arch in QUANTISER_ARCHITECTURES:
+        for name, function, constants in (
+            ("quantize_rows", quantize.quantize_rows_kernel, forward),
+            ("quantize_columns", quantize.quantize_columns_kernel, tile),
+            ("requantize", requantize.requantize_kernel, tile),
+        ):
+            yield arch, name, "packed", function, constants, QUANTISER_TYPES, quantize.NUM_WARPS, 1
+
+
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack (spills) of a cubin, read by the cuobjdump in Triton's wheel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -104,7 +141,7 @@ def compile_case(arch: str, function: Any, constants: dict, types: dict[str, str
     divisible = [
         (index,)
         for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and name != "M")
+        if kind.startswith("*") or (kind == "i32" and name not in RUN_TIME)
     ]
     source = ASTSource(
         function, signature, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in divisible}
@@ -130,10 +167,11 @@ def compile_case(arch: str, function: Any, constants: dict, types: dict[str, str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", help="compute capability without the dot, or gfx...; all by default")
+    parser.add_argument("--arch", action="append", help="compute capability without the dot; all by default")
+    parser.add_argument("--amd", action="store_true", help="AMD's architectures instead of NVIDIA's")
     chosen = parser.parse_args().arch
-    for arch, kernel, epilogue, function, constants, types, warps, stages in cases():
-        if chosen is None or arch in chosen:
+    for arch, kernel, epilogue, function, constants, types, warps, stages in (*cases(), *quantiser_cases()):
+        if arch.startswith("gfx") == AMD and (chosen is None or arch in chosen):
             row = compile_case(arch, function, constants, types, warps, stages)
             print(json.dumps({"arch": arch, "kernel": kernel, "epilogue": epilogue} | row), flush=True)  # noqa: T201
     return 0

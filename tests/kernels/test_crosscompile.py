@@ -1,4 +1,4 @@
-"""The GEMM kernels compile for every GPU we name, use its matrix instructions, and spill nothing."""
+"""The GEMMs and quantisers compile for every GPU we name, use its matrix instructions, and spill nothing."""
 
 import json
 import os
@@ -30,19 +30,28 @@ MAIN_LOOP = {
     ("fp8_pointer", "90"): "wgmma.mma_async.sync.aligned.m64n128k32.f32.e5m2.e5m2",
 }
 
+QUANTISERS = {"quantize_rows", "quantize_columns", "requantize"}
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """What each kernel became. A process of its own: here the interpreter may have replaced triton.jit."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    processes = [
+        subprocess.Popen([sys.executable, str(SCRIPT), *makers], env=environment, stdout=-1, stderr=-1, text=True)
+        for makers in ([], ["--amd"])
+    ]
+    found = []
+    for process in processes:
+        output, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        found += [json.loads(line) for line in output.splitlines()]
+    return found
 
 
 def test_native_instructions(rows: list[dict]) -> None:
-    assert {row["kernel"] for row in rows} == {kernel for kernel, _ in MAIN_LOOP}
+    assert {row["kernel"] for row in rows} == {kernel for kernel, _ in MAIN_LOOP} | QUANTISERS
     for row in rows:
         wanted = MAIN_LOOP.get((row["kernel"], row["arch"]))
         if wanted:
@@ -57,3 +66,10 @@ def test_resources(rows: list[dict]) -> None:
         assert row["registers"] <= (512 if row["arch"].startswith("gfx") else 255), row
         assert row["tensor_memory"] <= MAX_TENSOR_MEMORY, row
         assert row["shared"] <= SHARED_BYTES.get(row["arch"], 232448), row
+
+
+def test_quantisers_compile_for_every_maker(rows: list[dict]) -> None:
+    for kernel in QUANTISERS:
+        found = {row["arch"]: row for row in rows if row["kernel"] == kernel}
+        assert set(found) == {"80", "90", "100", "120", "gfx942", "gfx950"}
+        assert all(row["instructions"] for row in found.values()), "the rotation is a matrix product"

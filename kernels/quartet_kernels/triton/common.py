@@ -5,11 +5,15 @@ registers of thread t of the four that hold a row of a matrix product's result, 
 Every decision is taken on float32 bit fields; no logarithm, no division, no comparison table.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: products are float64, casts by bits."""
+
+PORTABLE = tl.constexpr(INTERPRET.value or torch.version.hip is not None)
+"""No PTX: the interpreter and AMD's GPUs take the same numbers from more operations."""
 
 QUEST_SCALE = tl.constexpr(0.48707976)
 MIN_EXPONENT = tl.constexpr(-126)
@@ -184,7 +188,7 @@ def signed_rounding(u):
     """u, |u| < 8, rounded to the E2M1 grid, ties to even; -0 becomes 0."""
     power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     shift = tl.maximum(power, 1.0) * 6291456.0  # 1.5 * 2^22: its last bit is a step, its middle leaves room for signs
-    if INTERPRET:
+    if PORTABLE:
         out = (u + shift) - shift
     else:  # never as one operation with the product that u is
         out = tl.inline_asm_elementwise(
@@ -216,7 +220,7 @@ def signed(values, bits):
 def stochastic_indices(magnitude, random):
     """Indices 0..7 of magnitudes < 6: up iff (magnitude - low) / (high - low) >= (255.5 - random) / 256."""
     # 22 fraction bits below the index; under 1 the grid is uniform, and what truncation drops cannot decide.
-    if INTERPRET:
+    if PORTABLE:
         bits = magnitude.to(tl.uint32, bitcast=True) - (252 << 22)
         fixed = tl.where(magnitude < 1.0, (magnitude * 8388608.0).to(tl.int32).to(tl.uint32), bits)
     else:  # 2^-126 times that, rounded toward zero; numbers under 1 become subnormal
@@ -264,7 +268,7 @@ def fp8_word(a, b, c, d):
 @triton.jit
 def permute_bytes(low, high, selectors):
     """PTX's prmt: byte i of the result is byte number (hexadecimal digit i of the selector, 0..7) of high:low."""
-    if INTERPRET:
+    if PORTABLE:
         out = low * 0
         for i in tl.static_range(4):
             index = (selectors >> (4 * i)) & 7
@@ -327,7 +331,7 @@ def group_factor(byte, top):
 @triton.jit
 def is_below(magnitude, limit):
     """1.0 where magnitude < limit, else 0.0, also for NaN; limits 6 and 12, whose neighbours are 2^-22 away or more."""
-    if INTERPRET:
+    if PORTABLE:
         out = tl.where(magnitude < limit, 1.0, 0.0)
     else:  # floating-point arithmetic has twice the rate of logic
         out = tl.inline_asm_elementwise(

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import INTERPRET, load_rotation, to_bfloat16
+from .common import PORTABLE, load_rotation, to_bfloat16
 from .quantize import (
     FEATURES_PER_TILE,
     NUM_WARPS,
@@ -31,7 +31,7 @@ def decode_pairs(codes, scale):
     """bfloat16 [..., 2]: code * scale of the two codes in each byte; bytes and bfloat16 bits of scales as uint32."""
     # Indices as leading bits are 2^-126 times the numbers, .5 a subnormal; both of a byte at once.
     pairs = ((codes * (4097 << 6)) & 0x01C001C0) | ((codes * (4097 << 12)) & 0x80008000)
-    if INTERPRET:
+    if PORTABLE:
         scale = (scale << 16).to(tl.float32, bitcast=True)
         low = to_bfloat16((pairs << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale)
         high = to_bfloat16((pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale)
