@@ -91,3 +91,11 @@ def test_which_calls_use_it(uses):
     with torch.autocast("cpu", torch.bfloat16):
         assert quartet_linear(x, packed, config=TRITON).dtype == torch.bfloat16
     assert uses == [4, 4, 4]
+
+
+def test_the_operator_passes_opcheck():
+    weight = quantize_mxfp4(torch.randn(32, 64), config=TRITON, backend="triton")
+    assert isinstance(weight, MXFP4Tensor)
+    x = torch.randn(2, 64).to(torch.bfloat16)
+    arguments = (x, weight.codes, weight.scales, 1.0, torch.zeros(32), torch.float32)
+    torch.library.opcheck(torch.ops.quartet.decode_matmul.default, arguments)
