@@ -4,16 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from lightning_quartet.linear import QuartetLinear, become_linear, become_quartet, forget, link, unsupported_shape
 from lightning_quartet.packed import pack_layers
 from quartet_kernels import QuartetConfig
+from quartet_kernels.linear import FLOAT_DTYPES
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 _LORA_ADAPTERS = ("lora_A", "lora_B")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +209,7 @@ class _Plan:
             return f"a subclass of nn.Linear ({type(layer).__name__})"
         if "forward" in layer.__dict__:
             return "its forward was replaced on the instance"
-        if layer.weight.dtype not in _DTYPES:
+        if layer.weight.dtype not in FLOAT_DTYPES:
             return f"its weight is {layer.weight.dtype}"
         reason = unsupported_shape(layer.in_features, layer.out_features, self.config)
         if reason is None and self.filter_fn is not None and not self.filter_fn(layer, aliases[0]):

@@ -119,9 +119,8 @@ class QuartetLinear(nn.Linear):
 
 def unsupported_shape(in_features: int, out_features: int, config: QuartetConfig) -> str | None:
     """Why a layer of this shape cannot be a QuartetLinear, or ``None``."""
-    group = 32 if config.transform_init == "identity" else config.hadamard_group_size
-    if in_features % group or in_features == 0:
-        return f"in_features is {in_features}, not a multiple of the rotation's group, {group}"
+    if in_features % config.rotation_width or in_features == 0:
+        return f"in_features is {in_features}, not a multiple of the rotation's group, {config.rotation_width}"
     if out_features % 32 or out_features == 0:
         return f"out_features is {out_features}, not a multiple of 32"
     return None

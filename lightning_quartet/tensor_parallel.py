@@ -52,8 +52,7 @@ def parallel_linear(input: Tensor, weight: Any, bias: Any, config: QuartetConfig
 
 
 def _check_groups(weight: DTensor, placement: Any, size: int, config: QuartetConfig) -> None:
-    group = GROUP_SIZE if config.transform_init == "identity" else config.hadamard_group_size
-    for axis, name, unit in ((0, "out_features", GROUP_SIZE), (1, "in_features", group)):
+    for axis, name, unit in ((0, "out_features", GROUP_SIZE), (1, "in_features", config.rotation_width)):
         if placement == Shard(axis) and weight.shape[axis] % (unit * size):
             raise MisconfigurationException(
                 f"Tensor parallelism over {size} ranks cuts a QuartetLinear whose {name} is {weight.shape[axis]}; it "

@@ -64,6 +64,11 @@ class QuartetConfig:
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"QuartetConfig.seed is {self.seed!r}; choose an integer from 0 to 2**32 - 1.")
 
+    @property
+    def rotation_width(self) -> int:
+        """Elements that the forward's rotation mixes, 32 (a scale's group) without one: in_features is a multiple."""
+        return 32 if self.transform_init == "identity" else self.hadamard_group_size
+
     @classmethod
     def from_recipe(cls, name: str, **changes: Any) -> Self:
         """The configuration of a named recipe, see :data:`RECIPES`; ``changes`` replace single options.

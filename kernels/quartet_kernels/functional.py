@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .backends import load_backend, select_backend
 from .config import QuartetConfig
-from .linear import BACKWARD_FACTOR, _checked_signs, _seed_tensor, forward_factor
+from .linear import BACKWARD_FACTOR, FLOAT_DTYPES, _checked_signs, _seed_tensor, forward_factor
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .philox import GRAD
 from .rotation import rotation_matrix
@@ -53,7 +53,7 @@ def quantize_mxfp4(
         RuntimeError: If the backend cannot run on x's device.
     """
     config = config or QuartetConfig()
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16, float16 or float64.")
     if mode not in ("forward", "backward"):
         raise ValueError(f"mode is {mode!r}; choose 'forward' or 'backward'.")
@@ -61,9 +61,7 @@ def quantize_mxfp4(
         raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
     if mode == "forward" and (signs is not None or rounding == "stochastic"):
         raise ValueError("signs and stochastic rounding belong to mode='backward'; the forward has neither.")
-    group = GROUP_SIZE
-    if mode == "forward" and config.transform_init != "identity":
-        group = config.hadamard_group_size
+    group = config.rotation_width if mode == "forward" else GROUP_SIZE
     if x.dim() == 0 or x.shape[-1] % group or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be a multiple of {group}.")
 

@@ -17,6 +17,9 @@ from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T, make_seed
 from .rotation import rotation_matrix
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What can be quantised."""
+
 BACKWARD_FACTOR = 4 / 3
 """Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
 
@@ -263,9 +266,10 @@ def _check(
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be in_features = {in_features}.")
-    group = GROUP_SIZE if config.transform_init == "identity" else config.hadamard_group_size
-    if in_features % group or in_features == 0:
-        raise ValueError(f"in_features is {in_features}; it must be a multiple of the rotation's {group}.")
+    if in_features % config.rotation_width or in_features == 0:
+        raise ValueError(
+            f"in_features is {in_features}; it must be a multiple of the rotation's {config.rotation_width}."
+        )
     if out_features % GROUP_SIZE or out_features == 0:
         raise ValueError(f"out_features is {out_features}; it must be a multiple of {GROUP_SIZE}.")
     stored = weight.codes if isinstance(weight, MXFP4Tensor) else weight
@@ -274,7 +278,7 @@ def _check(
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
-        if tensor.dtype not in _DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):
+        if tensor.dtype not in FLOAT_DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):
             raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64.")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{out_features}].")
@@ -283,9 +287,6 @@ def _check(
             f"master has shape {tuple(master.shape)}; it goes with a packed weight and has its shape, "
             f"{tuple(weight.shape)}."
         )
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def quartet_linear(

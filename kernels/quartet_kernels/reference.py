@@ -5,6 +5,7 @@ the last axis. A GEMM operand of this backend is the dequantised tensor ``code *
 Source: Quartet, arXiv 2505.14669 v4, Appendix A.1; QuEST, arXiv 2502.05003; OCP MX v1.0.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -195,16 +196,22 @@ def quantize_forward(
     return codes, scales, words[0] if mask else None, values, _no_scale(x)
 
 
-def _quantize_backward(
+def quantize_backward(
     x: Tensor,
+    *,
     signs: Tensor | None,
     sign_role: int | None,
     seed: Tensor | None,
     role: int,
     rounding: str,
     transpose: bool,
-    packed: bool,
-) -> tuple[Tensor, ...]:
+    packed: bool = False,
+) -> Operand:
+    """Rotate x [M, N] along N (or x.T along M, padded with zeros to a multiple of 32) with signs on the input side and
+    quantise it by its absolute maximum; the operand, or packed codes and scales, leaves out the factor 4/3.
+
+    ``signs`` float32 [32] are used as given; else ``sign_role`` draws them from ``seed``; else they are +1.
+    """
     if signs is None and sign_role is not None:
         assert seed is not None
         signs = philox.draw_signs(seed, sign_role)
@@ -221,41 +228,12 @@ def _quantize_backward(
         q, u, exponent, zero, finite = _quantize_abs_max(v, random)
         return _pack(q, u, exponent, zero, finite) if packed else (_values(q, exponent, finite),)
 
-    return _by_rows(x.t() if transpose else x, quantize)
+    first, *second = _by_rows(x.t() if transpose else x, quantize)
+    return first, second[0] if packed else _no_scale(x)
 
 
-def quantize_backward(
-    x: Tensor,
-    *,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    transpose: bool,
-) -> Operand:
-    """Rotate x [M, N] along N (or x.T along M, padded with zeros to a multiple of 32) with signs on the input side and
-    quantise it by its absolute maximum; the operand leaves out the factor 4/3.
-
-    ``signs`` float32 [32] are used as given; else ``sign_role`` draws them from ``seed``; else they are +1.
-    """
-    (values,) = _quantize_backward(x, signs, sign_role, seed, role, rounding, transpose, packed=False)
-    return values, _no_scale(x)
-
-
-def quantize_backward_packed(
-    x: Tensor,
-    *,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    transpose: bool,
-) -> Operand:
-    """The same as :func:`quantize_backward`, as packed codes and scales."""
-    codes, scales = _quantize_backward(x, signs, sign_role, seed, role, rounding, transpose, packed=True)
-    return codes, scales
+quantize_backward_packed = functools.partial(quantize_backward, packed=True)
+"""The same, as codes and scales."""
 
 
 def requantize(

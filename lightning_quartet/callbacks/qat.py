@@ -252,7 +252,8 @@ class QuartetQAT(Callback):
         step = trainer.global_step
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
-        self._enable(trainer, pl_module)
+        if self.start_step > 0 or self.end_step is not None:  # else on_train_start has said it for the whole fit
+            self._enable(trainer, pl_module)
         set_quartet_step(pl_module, step, self._micro_batch)
         sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))  # weights come and go there
         if trainer.accumulate_grad_batches > 1 and not sharded:

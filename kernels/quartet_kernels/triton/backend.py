@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ def make_backend(name: str) -> Backend:
     )
 
 
-def _requantize(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32, **options: object) -> Operand:
-    return requantize(codes, scales, **options)  # type: ignore[arg-type]
+def _requantize(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32, **options: Any) -> Operand:
+    return requantize(codes, scales, **options)
 
 
 def _empty_packed(x: Tensor, rows: int, columns: int) -> Operand:
@@ -71,49 +72,17 @@ def _expand_bf16(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.fl
 
 
 def _matmul_packed(
-    product: Callable[..., Tensor],
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    *,
-    alpha: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    matrix: Tensor | None,
-    out_dtype: torch.dtype,
-    accumulation: str = "auto",
+    product: Callable[..., Tensor], *operands: Tensor, accumulation: str = "auto", **epilogue: Any
 ) -> Tensor:
-    return product(a, a_scale, b, b_scale, alpha=alpha, bias=bias, mask=mask, matrix=matrix, out_dtype=out_dtype)
+    return product(*operands, **epilogue)
 
 
 def _matmul_fp8(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    *,
-    alpha: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    matrix: Tensor | None,
-    out_dtype: torch.dtype,
-    accumulation: str = "auto",
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, accumulation: str = "auto", **epilogue: Any
 ) -> Tensor:
     if accumulation == "auto":
         accumulation = "fast" if a.shape[1] <= FAST_ACCUMULATION else "precise"
-    return fp8_matmul.matmul(
-        a,
-        a_scale,
-        b,
-        b_scale,
-        alpha=alpha,
-        bias=bias,
-        mask=mask,
-        matrix=matrix,
-        out_dtype=out_dtype,
-        accumulation=accumulation,
-    )
+    return fp8_matmul.matmul(a, a_scale, b, b_scale, accumulation=accumulation, **epilogue)
 
 
 def _dense_product(a: Tensor, b: Tensor) -> Tensor:
