@@ -39,8 +39,11 @@ def _decode(codes: Any, axis: int) -> np.ndarray:
 
 
 def _scaled_operand(handle: Any, scale: Any, k_packed: bool, is_rhs: bool) -> np.ndarray:
-    axis = (-2 if k_packed else -1) if is_rhs else (-1 if k_packed else -2)
-    values = _decode(handle.data, axis)
+    if handle.dtype.scalar == tl.float8e4nv:
+        values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float().numpy()
+    else:
+        axis = (-2 if k_packed else -1) if is_rhs else (-1 if k_packed else -2)
+        values = _decode(handle.data, axis)
     if scale is None:
         return values
     exponents = scale.data.view(np.uint8).astype(np.int32)

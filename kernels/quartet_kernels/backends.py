@@ -28,6 +28,7 @@ class Backend:
     expand: Callable
     matmul: Callable
     matmul_bf16: Callable
+    matmul_mxfp8: Callable
     unrotate: Callable
     empty_operand: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
     """(any tensor of the device, rows, elements a row) -> an uninitialised operand; says its shapes and dtypes."""
@@ -48,6 +49,7 @@ REFERENCE = Backend(
     expand=reference.expand,
     matmul=reference.matmul,
     matmul_bf16=reference.matmul_bf16,
+    matmul_mxfp8=reference.matmul_mxfp8,
     unrotate=reference.unrotate,
     empty_operand=_reference_operand,
 )

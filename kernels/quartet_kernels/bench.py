@@ -179,12 +179,14 @@ def linears(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Row]
             candidates[f"quartet, {accumulation}"] = ours(accumulation=accumulation)
         candidates["quartet, compiled"] = torch.compile(ours())
         candidates["quartet_stochastic"] = ours(backward_rounding="stochastic")
+        candidates["mxfp8_backward"] = ours(backward_dtype="mxfp8")
         candidates["bf16_backward"] = ours(backward_dtype="bf16")
         candidates["pseudo-quantised (bf16 operands, bf16 backward)"] = ours(backward_dtype="bf16", backend="bf16")
         candidates |= _torchao(linear)
     else:
         candidates["quartet"] = ours()
         candidates["quartet_stochastic"] = ours(backward_rounding="stochastic")
+        candidates["mxfp8_backward"] = ours(backward_dtype="mxfp8")
         candidates["bf16_backward"] = ours(backward_dtype="bf16")
     best = min(plain, key=lambda row: row["both ms"])
     rows = [{"linear": f"nn.Linear, {name}", "shape": "x".join(map(str, shape)), **best, "ratio": 1.0}]

@@ -8,7 +8,7 @@ ForwardMethod = Literal["quest", "abs_max"]
 Statistic = Literal["rms", "std"]
 ScaleRule = Literal["mse", "nearest", "floor"]
 TransformInit = Literal["hadamard", "gsr", "identity"]
-BackwardDtype = Literal["mxfp4", "bf16"]
+BackwardDtype = Literal["mxfp4", "mxfp8", "bf16"]
 Rounding = Literal["nearest", "stochastic"]
 Accumulation = Literal["auto", "fast", "precise"]
 BackendName = Literal["auto", "reference", "triton", "fp8", "bf16", "native"]
@@ -29,8 +29,9 @@ class QuartetConfig:
         hadamard_group_size: Width of the forward rotation's blocks: 32, 64 or 128. Scale groups stay 32 wide.
         transform_init: The forward rotation: ``"hadamard"``, ``"gsr"`` (its columns sorted by sign changes), or
             ``"identity"`` (none; what runtimes without rotations can load).
-        backward_dtype: ``"mxfp4"`` runs both gradient GEMMs in 4 bits; ``"bf16"`` is straight-through with mask.
-        backward_rounding: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
+        backward_dtype: ``"mxfp4"`` runs both gradient GEMMs in 4 bits; ``"mxfp8"`` in 8 (E4M3, rounded to nearest,
+            not rotated); ``"bf16"`` is straight-through with mask.
+        backward_rounding: Of ``"mxfp4"``: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
         randomize_backward: Draw random signs for the backward rotations at every step.
         store_master_weights: ``False`` keeps only the weight's codes and scales: no weight gradient.
         accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
@@ -123,6 +124,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "quartet": {},
     "quartet_stochastic": {"backward_rounding": "stochastic"},
+    "mxfp8_backward": {"backward_dtype": "mxfp8"},
     "bf16_backward": {"backward_dtype": "bf16"},
     "fp_quant": {"statistic": "std", "scale_rule": "floor"},
 }

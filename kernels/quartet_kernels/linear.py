@@ -204,10 +204,9 @@ def _gradient(
     """dX = dY Wq from the weight's codes, or (transpose) dW = dY^T Xq from the input's; masked and rotated back."""
     transform = (config.transform_init, config.hadamard_group_size) if finish else ("identity", GROUP_SIZE)
     factor = forward_factor(config)
-    if config.backward_dtype == "bf16":
-        return ops.matmul_bf16(
-            dy.contiguous(), codes, scales, transpose, factor, mask, *transform, out_dtype, config.backend
-        )
+    if config.backward_dtype != "mxfp4":
+        options = (config.backward_dtype, transpose, factor, mask, *transform, out_dtype, config.backend)
+        return ops.matmul_gradient(dy.contiguous(), codes, scales, *options)
     sign_role = None
     if config.randomize_backward and signs is None:
         sign_role = SIGNS_DW if transpose else SIGNS_DX

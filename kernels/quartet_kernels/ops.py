@@ -259,10 +259,11 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | Non
 
 
 @_operator
-def matmul_bf16(
+def matmul_gradient(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
+    backward_dtype: str,
     transpose: bool,
     alpha: float,
     mask: Tensor | None,
@@ -272,17 +273,20 @@ def matmul_bf16(
     backend: str,
 ) -> Tensor:
     matrix = rotation_matrix(transform_init, group_size, x.device)
+    chosen = _backend(backend, x)
+    multiply = chosen.matmul_mxfp8 if backward_dtype == "mxfp8" else chosen.matmul_bf16
     with _no_autocast(x):
-        return _backend(backend, x).matmul_bf16(
+        return multiply(
             x, codes, scales, transpose=transpose, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype
         )
 
 
-@torch.library.register_fake("quartet::matmul_bf16", lib=_LIBRARY)
+@torch.library.register_fake("quartet::matmul_gradient", lib=_LIBRARY)
 def _(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
+    backward_dtype: str,
     transpose: bool,
     alpha: float,
     mask: Tensor | None,

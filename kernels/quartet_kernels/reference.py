@@ -20,6 +20,8 @@ QUEST_SCALE = 0.48707976
 """2.92247856 / 6: the scale that minimises the squared error of E2M1 rounding, in standard deviations of N(0, 1)."""
 MIN_EXPONENT, MAX_EXPONENT = -126, 125
 """Bytes 1..252: every ``code * scale`` is then a finite normal float32."""
+MXFP8_MIN_EXPONENT, MXFP8_MAX_EXPONENT = -117, 119
+"""The same of E4M3 codes, whose smallest is 2^-9 and whose largest is 448; what is in between fits bfloat16, too."""
 CACHED_ELEMENTS = 1 << 18
 """Elements that the CPU quantises at a time: some forty passes over them should stay in its cache."""
 
@@ -236,6 +238,23 @@ quantize_backward_packed = functools.partial(quantize_backward, packed=True)
 """The same, as codes and scales."""
 
 
+def quantize_mxfp8(x: Tensor, *, transpose: bool) -> Operand:
+    """x [M, N] in MXFP8, or x.T along M, padded with zeros to a multiple of 32: E4M3 codes, rounded to nearest even,
+    relative to ``2^(floor(log2 max|v|) - 7)`` of 32 elements, so nothing saturates. No rotation."""
+
+    def quantize(rows: Tensor, _: int) -> tuple[Tensor, ...]:
+        rows = _accumulator(rows)
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP_SIZE)).contiguous()
+        v = rows.unflatten(-1, (-1, GROUP_SIZE))
+        largest, _, finite = _group_statistics(v)
+        exponent = (_exponent(largest) - 7).clamp_(MXFP8_MIN_EXPONENT, MXFP8_MAX_EXPONENT)
+        u = (v * _power(-exponent, v.dtype)[..., None]).clamp_(-448, 448)
+        return (_values(u.to(torch.float8_e4m3fn).to(u.dtype), exponent, finite),)
+
+    (values,) = _by_rows(x.t() if transpose else x, quantize)
+    return values, _no_scale(x)
+
+
 def requantize(
     codes: Tensor,
     scales: Tensor,
@@ -315,3 +334,20 @@ def matmul_bf16(
     x = x.to(torch.bfloat16).to(wide)
     product = (x.t() if transpose else x) @ decode(codes, scales, wide)
     return unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
+
+
+def matmul_mxfp8(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    transpose: bool,
+    alpha: float,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """:func:`matmul_bf16` with both operands in MXFP8, grouped along the axis that is contracted."""
+    a, _ = quantize_mxfp8(x, transpose=transpose)
+    b, _ = quantize_mxfp8(decode(codes, scales, a.dtype), transpose=True)
+    return unrotate(a @ b.t(), alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quartet_kernels import philox, reference
 from quartet_kernels.config import QuartetConfig
-from quartet_kernels.mxfp4 import decode, unpack_codes, unpack_mask
+from quartet_kernels.mxfp4 import decode, scale_values, unpack_codes, unpack_mask
 from quartet_kernels.rotation import rotation_matrix
 
 pytest.importorskip("triton")
@@ -216,3 +216,23 @@ def test_no_recompilation_for_other_token_counts():
         for rows in range(1, 2000, 97):
             quantize_backward(data(rows, 512), transpose=kernel is quantize.quantize_columns_kernel)
         assert sum(len(cache[0]) for cache in kernel.device_caches.values()) - before <= 3
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mxfp8_is_the_reference_to_the_bit(shape, dtype, transpose):
+    from quartet_kernels.triton.mxfp8 import quantize_mxfp8
+
+    x = data(*shape, dtype=dtype)
+    x[3, 5] = torch.nan
+    x[7] *= 2.0**-20
+    codes, scales, *_ = reference.quantize_forward(x, config=QuartetConfig(), mask=False)
+    for operand in ((x,), (codes, scales)):
+        expected, _ = reference.quantize_mxfp8(x if len(operand) == 1 else decode(*operand), transpose=transpose)
+        values, _ = quantize_mxfp8(*operand, transpose=transpose, native=False)
+        torch.testing.assert_close(values.float(), expected, rtol=0, atol=0, equal_nan=True)
+        if torch.cuda.get_device_capability() >= (8, 9):
+            e4m3, bytes_ = quantize_mxfp8(*operand, transpose=transpose, native=True)
+            values = e4m3.float().unflatten(-1, (-1, 32)) * scale_values(bytes_)[..., None]
+            torch.testing.assert_close(values.flatten(-2), expected, rtol=0, atol=0, equal_nan=True)

@@ -13,6 +13,8 @@ CONFIGS = [
     {"backward_rounding": "stochastic", "hadamard_group_size": 64},
     {"forward_method": "abs_max", "transform_init": "gsr"},
     {"backward_dtype": "bf16", "hadamard_group_size": 128},
+    {"backward_dtype": "mxfp8", "hadamard_group_size": 64},
+    {"backward_dtype": "mxfp8", "forward_method": "abs_max", "transform_init": "identity"},
     {"transform_init": "identity", "statistic": "std", "scale_rule": "floor", "accumulation": "precise"},
 ]
 
@@ -70,7 +72,7 @@ def test_sixteen_bit_tensors(backend):
 def test_zero_tokens(backend):
     x = torch.empty(0, 64, device=DEVICE, requires_grad=True)
     weight = torch.randn(32, 64, device=DEVICE, requires_grad=True)
-    for backward_dtype in ("mxfp4", "bf16"):
+    for backward_dtype in ("mxfp4", "mxfp8", "bf16"):
         config = QuartetConfig(backend=backend, backward_dtype=backward_dtype)
         quartet_linear(x, weight, config=config).sum().backward()
         assert x.grad.shape == (0, 64)

@@ -62,6 +62,7 @@ def test_recipes():
     assert QuartetConfig.from_recipe("quartet") == QuartetConfig()
     assert QuartetConfig.from_recipe("quartet_stochastic").backward_rounding == "stochastic"
     assert QuartetConfig.from_recipe("bf16_backward").backward_dtype == "bf16"
+    assert QuartetConfig.from_recipe("mxfp8_backward").backward_dtype == "mxfp8"
     parity = QuartetConfig.from_recipe("fp_quant", seed=3)
     assert (parity.statistic, parity.scale_rule, parity.backward_rounding, parity.seed) == (
         "std",

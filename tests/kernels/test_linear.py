@@ -96,6 +96,8 @@ CONFIGS = [
     QuartetConfig(transform_init="identity", randomize_backward=False),
     QuartetConfig(backward_dtype="bf16", hadamard_group_size=64),
     QuartetConfig(backward_dtype="bf16", forward_method="abs_max", transform_init="identity"),
+    QuartetConfig(backward_dtype="mxfp8"),
+    QuartetConfig(backward_dtype="mxfp8", forward_method="abs_max", transform_init="gsr", hadamard_group_size=64),
 ]
 
 
@@ -113,6 +115,18 @@ def composed(x, weight, config, dy, seed):
     if config.backward_dtype == "bf16":
         dy = dy.bfloat16().double()
         return y, back(dy @ wq.dequantize(torch.float64), x_mask), back(dy.T @ xq.dequantize(torch.float64), w_mask)
+
+    if config.backward_dtype == "mxfp8":
+
+        def operand8(tensor):  # frexp's mantissa has 4 bits, or fewer below the smallest normal number
+            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32)).double().unflatten(-1, (-1, 32))
+            scale = torch.exp2(torch.frexp(tensor.abs().amax(-1, keepdim=True)).exponent - 1.0 - 7)
+            step = torch.exp2(torch.frexp(tensor / scale).exponent.clamp(min=-5) - 4.0)
+            return ((tensor / scale / step).round() * step * scale).flatten(-2)
+
+        dx = operand8(dy) @ operand8(wq.dequantize(torch.float64).T / f).T * f
+        dw = operand8(dy.T) @ operand8(xq.dequantize(torch.float64).T / f).T * f
+        return y, back(dx, x_mask), back(dw, w_mask)
 
     def operand(tensor, signs, role):
         tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 32)).contiguous()
@@ -165,6 +179,11 @@ def test_with_identity_quantisers_the_layer_is_a_linear_layer(config, monkeypatc
         saved[codes.data_ptr()] = (codes, q.flatten(-2))
         return codes, torch.empty(q.shape[:-1], dtype=torch.uint8)
 
+    def exact_mxfp8(x, transpose):
+        x = x.t() if transpose else x
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 32)), None
+
+    monkeypatch.setattr(reference, "quantize_mxfp8", exact_mxfp8)
     monkeypatch.setattr(reference, "_pack", remember)
     monkeypatch.setattr(reference, "decode", lambda codes, scales, dtype: saved[codes.data_ptr()][1].to(dtype))
     torch.manual_seed(0)
@@ -272,7 +291,7 @@ def test_reference_is_not_touched_by_reduced_precision_settings():
 
 @pytest.mark.parametrize("place", ["x", "weight", "dy"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("backward_dtype", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("backward_dtype", ["mxfp4", "mxfp8", "bf16"])
 def test_what_is_not_finite_reaches_the_result(place, value, backward_dtype):
     tensors = {"x": torch.randn(40, 64), "weight": torch.randn(32, 64), "dy": torch.randn(40, 32)}
     tensors[place][3, 5] = value
@@ -328,7 +347,7 @@ def test_saved_for_backward_is_two_thirds_of_a_byte_an_element():
 
 def test_packed_weights_give_the_same_output_and_input_gradient():
     torch.manual_seed(0)
-    for config in (QuartetConfig(), QuartetConfig(backward_dtype="bf16"), QuartetConfig(forward_method="abs_max")):
+    for config in (QuartetConfig(), QuartetConfig(backward_dtype="mxfp8"), QuartetConfig(forward_method="abs_max")):
         x, weight, dy = torch.randn(40, 64), torch.randn(32, 64), torch.randn(40, 32)
         y, dx, _ = gradients(x, weight, config, dy, seed=1)
         packed = quantize_mxfp4(weight, config=config)
@@ -418,7 +437,7 @@ def operator_arguments():
     yield "requantize", (codes, scales, None, 1, seed, 5, "nearest", torch.float32, "reference")
     yield "expand", (codes, scales, torch.float32, "reference")
     yield "matmul", (data, scale, w_data, w_scale, 1.0, None, None, "identity", 32, torch.bfloat16, "auto", "reference")
-    yield "matmul_bf16", (dy, w_codes, w_scales, False, 1.0, mask, "hadamard", 64, torch.float32, "reference")
+    yield "matmul_gradient", (dy, w_codes, w_scales, "mxfp8", False, 1.0, mask, "hadamard", 64, torch.float32, "reference")
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -428,7 +447,7 @@ def test_operators_pass_opcheck(case):
 
 
 @pytest.mark.filterwarnings("error:Dynamo:UserWarning")
-@pytest.mark.parametrize("config", [QuartetConfig(), QuartetConfig(backward_dtype="bf16")], ids=str)
+@pytest.mark.parametrize("config", [QuartetConfig(), QuartetConfig(backward_dtype="mxfp8")], ids=str)
 def test_compiles_without_graph_break_or_recompilation(config):
     torch._dynamo.reset()
     torch.manual_seed(0)

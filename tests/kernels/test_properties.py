@@ -19,7 +19,7 @@ def configs(draw, **fixed):
         "scale_rule": st.sampled_from(["mse", "nearest", "floor"]),
         "hadamard_group_size": st.sampled_from([32, 64, 128]),
         "transform_init": st.sampled_from(["hadamard", "gsr", "identity"]),
-        "backward_dtype": st.sampled_from(["mxfp4", "bf16"]),
+        "backward_dtype": st.sampled_from(["mxfp4", "mxfp8", "bf16"]),
         "backward_rounding": st.sampled_from(["nearest", "stochastic"]),
         "randomize_backward": st.booleans(),
         "seed": st.integers(0, 2**32 - 1),

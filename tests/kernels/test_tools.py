@@ -20,6 +20,7 @@ def test_bench_compares_one_linear_with_nn_linear_and_writes_json(tmp_path, caps
         "nn.Linear, float32",
         "quartet",
         "quartet_stochastic",
+        "mxfp8_backward",
         "bf16_backward",
     ]
     assert all(row["both ms"] > 0 for row in report["linears"])

@@ -10,8 +10,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels")
 
 from quartet_kernels.triton import fp8_matmul, matmul, native_matmul  # noqa: E402
+from quartet_kernels.triton.mxfp8 import quantize_mxfp8  # noqa: E402
 
-PRODUCTS = ("packed", "native", "fast", "precise", "pointer")
+PRODUCTS = ("packed", "native", "mxfp8", "fast", "precise", "pointer")
 
 
 @pytest.fixture
@@ -19,11 +20,17 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def mxfp8(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_mxfp8(decode(codes, scales), transpose=False, native=True)
+
+
 def product(which: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """The case through one of the GEMMs; "pointer" is the FP8 GEMM without TMA."""
     if which in ("packed", "native"):
         module = matmul if which == "packed" else native_matmul
         return module.matmul(case.a, case.a_scales, case.b, case.b_scales, **case.epilogue)
+    if which == "mxfp8":  # E4M3 holds every number of a group of E2M1
+        return native_matmul.matmul(*mxfp8(case.a, case.a_scales), *mxfp8(case.b, case.b_scales), **case.epilogue)
     if which == "pointer":
         monkeypatch.setattr(fp8_matmul, "has_tma", lambda device: False)
     a, b = fp8_operand(case.a, case.a_scales), fp8_operand(case.b, case.b_scales)
@@ -84,7 +91,7 @@ def test_extreme_scales(which: str, generator, monkeypatch) -> None:
     case.a_scales.fill_(1)
     case.b_scales.fill_(252)
     case.expected = decode(case.a, case.a_scales, torch.float64) @ decode(case.b, case.b_scales, torch.float64).T
-    if which not in ("packed", "native"):  # rows below 2^-113 keep their top exponent's span only
+    if which not in ("packed", "native"):  # MXFP8 below 2^-117 flushes; in FP8, rows below 2^-113 keep their top exponent's span only
         case.a_scales.fill_(20)
         case.expected *= 2.0**19
     assert relative_error(product(which, case, monkeypatch), case.expected) < 1e-5

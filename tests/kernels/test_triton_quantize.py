@@ -13,9 +13,10 @@ if torch.cuda.is_available():
 
 from quartet_kernels import reference  # noqa: E402
 from quartet_kernels.config import QuartetConfig  # noqa: E402
-from quartet_kernels.mxfp4 import decode, pack_codes, unpack_codes, unpack_mask  # noqa: E402
+from quartet_kernels.mxfp4 import decode, pack_codes, scale_values, unpack_codes, unpack_mask  # noqa: E402
 from quartet_kernels.philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, draw_signs, make_seed  # noqa: E402
 from quartet_kernels.triton.expand import expand  # noqa: E402
+from quartet_kernels.triton.mxfp8 import quantize_mxfp8  # noqa: E402
 from quartet_kernels.triton.quantize import quantize_backward, quantize_forward  # noqa: E402
 from quartet_kernels.triton.requantize import requantize  # noqa: E402
 
@@ -340,3 +341,47 @@ def test_expand_span_and_edges():
     expected = relative.float().to(torch.float8_e5m2).float()  # float32 holds the quotients
     expected[4] = 0
     torch.testing.assert_close(data.float(), expected, rtol=0, atol=0)
+
+
+def assert_mxfp8(expected: Tensor, *x: Tensor, transpose: bool) -> None:
+    """Both operand formats hold exactly the reference's values."""
+    data, scale = quantize_mxfp8(*x, transpose=transpose, native=False)
+    assert data.dtype == torch.bfloat16
+    assert scale.numel() == 0
+    torch.testing.assert_close(data.float(), expected, rtol=0, atol=0, equal_nan=True)
+    data, scales = quantize_mxfp8(*x, transpose=transpose, native=True)
+    assert data.dtype == torch.float8_e4m3fn
+    assert data.float().isfinite().all()
+    values = data.float().unflatten(-1, (-1, 32)) * scale_values(scales)[..., None]
+    torch.testing.assert_close(values.flatten(-2), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mxfp8(dtype, transpose):
+    wide = randn(70, 320, seed=2) * 2.0 ** randn(70, 320, seed=3).mul(8).round()  # E4M3's subnormals, too
+    for x in (wide, edge_groups(), edge_groups().repeat(2, 1).t(), randn(20, 96)[::3], randn(0, 32), randn(1, 32)):
+        x = x.to(dtype)
+        expected, _ = reference.quantize_mxfp8(x, transpose=transpose)
+        assert_mxfp8(expected, x, transpose=transpose)
+
+
+def test_mxfp8_of_packed_codes():
+    x = randn(70, 96, seed=1)
+    x[5, 40], x[9, :32], x[40:, 64:] = torch.nan, 0.0, 1e38
+    x[:, :32] *= 2.0 ** -torch.arange(70.0)[:, None]  # more octaves in a group than E4M3 has
+    codes, scales, _, values, _ = reference.quantize_forward(x, config=QuartetConfig(), mask=False)
+    expected, _ = reference.quantize_mxfp8(values, transpose=True)
+    assert_mxfp8(expected, codes, scales, transpose=True)
+
+
+def test_every_e4m3_number_and_tie():
+    """Codes of E4M3 and what lies halfway between two, relative to a scale of 1: ties go to the even code."""
+    grid = torch.arange(0x78, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 0 to 240
+    numbers = torch.cat((grid, (grid[1:] + grid[:-1]) / 2))
+    numbers = torch.cat((numbers, numbers.nextafter(numbers * 2), numbers.nextafter(numbers / 2)))
+    x = torch.zeros(len(numbers), 32)
+    x[:, 0], x[:, 1], x[:, 2] = numbers, -numbers, 255.9
+    expected = x.to(torch.float8_e4m3fn).float()
+    assert (expected[:, 2] == 256).all()
+    assert_mxfp8(expected, x, transpose=False)

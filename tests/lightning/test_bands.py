@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_quartet import QuartetQAT
 from quartet_kernels import RECIPES
 
-BANDS = {"quartet": 1.15, "quartet_stochastic": 1.17, "bf16_backward": 1.15, "fp_quant": 1.2}
+BANDS = {"quartet": 1.15, "quartet_stochastic": 1.17, "mxfp8_backward": 1.15, "bf16_backward": 1.15, "fp_quant": 1.2}
 """Largest ratio of the mean loss over the last 20 of 200 steps to that of the float32 run."""
 
 

@@ -43,7 +43,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recipe", ["quartet", "quartet_stochastic", "bf16_backward"])
+@pytest.mark.parametrize("recipe", ["quartet", "quartet_stochastic", "mxfp8_backward", "bf16_backward"])
 def test_whole_model_is_one_graph_without_recompilation(recipe):
     eager, compiled = blocks(recipe), blocks(recipe)
     counter = CompileCounterWithBackend("aot_eager")

@@ -25,6 +25,7 @@ from quartet_kernels.rotation import rotation_matrix
 CONFIGS = [
     QuartetConfig(),
     QuartetConfig(backward_dtype="bf16", transform_init="gsr"),
+    QuartetConfig(backward_dtype="mxfp8"),
     QuartetConfig(forward_method="abs_max", backward_rounding="stochastic"),
     QuartetConfig(transform_init="identity"),
 ]

@@ -39,6 +39,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "fp_quant": {"statistic": "std", "scale_rule": "floor"},
     "stochastic": {"backward_rounding": "stochastic"},
     "no_signs": {"randomize_backward": False},
+    "mxfp8_backward": {"backward_dtype": "mxfp8"},
     "bf16_backward": {"backward_dtype": "bf16"},
     "abs_max": {"forward_method": "abs_max"},
     "end_85": {"end": 0.85},

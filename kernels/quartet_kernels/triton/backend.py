@@ -11,6 +11,7 @@ from ..backends import Backend
 from ..reference import Operand
 from . import fp8_matmul, matmul, native_matmul
 from .expand import expand as expand_fp8
+from .mxfp8 import quantize_mxfp8
 from .quantize import quantize_backward, quantize_forward
 from .requantize import requantize
 
@@ -36,6 +37,7 @@ def make_backend(name: str) -> Backend:
         expand=expand,
         matmul=multiply,
         matmul_bf16=matmul_bf16,
+        matmul_mxfp8=functools.partial(matmul_mxfp8, native=name == "native"),
         unrotate=matmul.unrotate,
         empty_operand=empty_operand,
         packed=operand == "packed",
@@ -129,3 +131,13 @@ def matmul_bf16(
     x = x.to(torch.bfloat16)
     product = _dense_product(x.t() if transpose else x, matmul.dequantize(codes, scales, dtype=torch.bfloat16))
     return matmul.unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
+
+
+def matmul_mxfp8(
+    x: Tensor, codes: Tensor, scales: Tensor, *, transpose: bool, native: bool, **epilogue: Any
+) -> Tensor:
+    """See :func:`quartet_kernels.reference.matmul_mxfp8`; exact bfloat16 operands where there are no MXFP8 units."""
+    a = quantize_mxfp8(x, transpose=transpose, native=native)
+    b = quantize_mxfp8(codes, scales, transpose=True, native=native)
+    multiply = native_matmul.matmul if native else _matmul_dense
+    return multiply(*a, *b, bias=None, **epilogue)

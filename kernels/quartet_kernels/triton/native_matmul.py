@@ -1,7 +1,8 @@
-"""GEMM over packed MXFP4 operands on FP4 tensor cores, by `tl.dot_scaled`.
+"""GEMM over packed MXFP4 operands on FP4 tensor cores, by `tl.dot_scaled`; over MXFP8 operands, too.
 
 Blackwell: `tcgen05.mma kind::mxf4` and `mma.sync kind::mxf4nvf4`; MI350: `v_mfma_scale_f32_32x32x64_f8f6f4`. The same
 product, operands and epilogue as `matmul`. Elsewhere Triton decomposes it to bf16: the same numbers, no gain.
+MXFP8: `kind::mxf8f6f4` on Blackwell, the same instruction on MI350.
 """
 
 import torch
@@ -16,13 +17,14 @@ everywhere BLOCK_K of 64 or more. 12.x spills with fewer warps or wider tiles; 1
 
 
 @triton.jit
-def load_packed(codes_ptr, scales_ptr, rows, rows_in, k_start, K, BLOCK_K: tl.constexpr):
-    """Codes [ROWS, BLOCK_K / 2] and scales [ROWS, BLOCK_K / 32]; outside, code 0 at scale 1 (byte 255 would be NaN)."""
-    pairs = k_start // 2 + tl.arange(0, BLOCK_K // 2)
+def load_operand(codes_ptr, scales_ptr, rows, rows_in, k_start, K, BLOCK_K: tl.constexpr, PER_BYTE: tl.constexpr):
+    """Codes [ROWS, BLOCK_K / PER_BYTE] and scales [ROWS, BLOCK_K / 32]; outside, code 0 at scale 1 (byte 255 would be
+    NaN)."""
+    column = k_start // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
     groups = k_start // 32 + tl.arange(0, BLOCK_K // 32)
-    codes_in = rows_in[:, None] & (pairs < K // 2)[None, :]
+    codes_in = rows_in[:, None] & (column < K // PER_BYTE)[None, :]
     scales_in = rows_in[:, None] & (groups < K // 32)[None, :]
-    codes = tl.load(codes_ptr + rows[:, None] * (K // 2) + pairs[None, :], mask=codes_in, other=0)
+    codes = tl.load(codes_ptr + rows[:, None] * (K // PER_BYTE) + column[None, :], mask=codes_in, other=0)
     scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + groups[None, :], mask=scales_in, other=127)
     return codes, scales
 
@@ -32,8 +34,11 @@ def native_matmul_kernel(
     a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, c_ptr, bias_ptr, mask_ptr, rotation_ptr, alpha, rotation_scale, M, N, K,
     BIAS: tl.constexpr, MASK: tl.constexpr, G: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FORMAT: tl.constexpr = "e2m1",
 ):  # fmt: skip
-    """A u8 [M, K/2], B u8 [N, K/2], scales u8 [M, K/32], [N, K/32]; C [M, N]; one tile a program."""
+    """A u8 [M, K/2], B u8 [N, K/2], or [M, K] and [N, K] of FORMAT "e4m3"; scales u8 [M, K/32], [N, K/32]; C [M, N].
+    One tile a program."""
+    PER_BYTE: tl.constexpr = 2 if FORMAT == "e2m1" else 1
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -42,9 +47,9 @@ def native_matmul_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     tl.assume(tl.cdiv(K, BLOCK_K) > 0)
     for k in range(0, tl.cdiv(K, BLOCK_K)):
-        a, a_scales = load_packed(a_ptr, a_scales_ptr, rows, rows_in, k * BLOCK_K, K, BLOCK_K)
-        b, b_scales = load_packed(b_ptr, b_scales_ptr, cols, cols_in, k * BLOCK_K, K, BLOCK_K)
-        acc = tl.dot_scaled(a, a_scales, "e2m1", b.T, b_scales, "e2m1", acc)
+        a, a_scales = load_operand(a_ptr, a_scales_ptr, rows, rows_in, k * BLOCK_K, K, BLOCK_K, PER_BYTE)
+        b, b_scales = load_operand(b_ptr, b_scales_ptr, cols, cols_in, k * BLOCK_K, K, BLOCK_K, PER_BYTE)
+        acc = tl.dot_scaled(a, a_scales, FORMAT, b.T, b_scales, FORMAT, acc)
     v = finish(
         acc * alpha, rows, rows_in, tile_n * BLOCK_N, N, bias_ptr, mask_ptr, rotation_ptr, rotation_scale,
         BIAS, MASK, G, PIECES,
@@ -58,16 +63,20 @@ def matmul(
     bias: torch.Tensor | None = None, mask: torch.Tensor | None = None, matrix: torch.Tensor | None = None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """alpha * A @ B.T (+ bias) of packed operands, with the backward's epilogue; arguments as of `matmul.matmul`."""
-    M, N, K = a.shape[0], b.shape[0], a.shape[1] * 2
+    """alpha * A @ B.T (+ bias) of packed operands, with the backward's epilogue; arguments as of `matmul.matmul`.
+
+    Or of MXFP8 operands, float8_e4m3fn [M, K] and [N, K] with scales as of packed ones.
+    """
+    packed = a.dtype == torch.uint8
+    M, N, K = a.shape[0], b.shape[0], a.shape[1] * (2 if packed else 1)
     if M == 0 or N == 0 or K == 0:
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
     runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
     grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
     native_matmul_kernel[grid](
-        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out,
-        M=M, N=N, K=K, **runtime, **constant,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8, num_warps=WARPS, num_stages=3,
+        a.contiguous().view(torch.uint8), a_scales.contiguous(), b.contiguous().view(torch.uint8),
+        b_scales.contiguous(), out, M=M, N=N, K=K, **runtime, **constant, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K, GROUP_M=8, FORMAT="e2m1" if packed else "e4m3", num_warps=WARPS, num_stages=3,
     )  # fmt: skip
     return out
