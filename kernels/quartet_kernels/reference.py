@@ -242,11 +242,11 @@ def quantize_mxfp8(x: Tensor, *, transpose: bool) -> Operand:
     """x [M, N] in MXFP8, or x.T along M, padded with zeros to a multiple of 32: E4M3 codes, rounded to nearest even,
     relative to ``2^(floor(log2 max|v|) - 7)`` of 32 elements, so nothing saturates. No rotation."""
 
-    def quantize(rows: Tensor, _: int) -> tuple[Tensor, ...]:
+    def quantize(rows: Tensor, first: int) -> tuple[Tensor, ...]:
         rows = _accumulator(rows)
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % GROUP_SIZE)).contiguous()
         v = rows.unflatten(-1, (-1, GROUP_SIZE))
-        largest, _, finite = _group_statistics(v)
+        largest, _zero, finite = _group_statistics(v)
         exponent = (_exponent(largest) - 7).clamp_(MXFP8_MIN_EXPONENT, MXFP8_MAX_EXPONENT)
         u = (v * _power(-exponent, v.dtype)[..., None]).clamp_(-448, 448)
         return (_values(u.to(torch.float8_e4m3fn).to(u.dtype), exponent, finite),)

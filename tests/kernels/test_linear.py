@@ -437,7 +437,8 @@ def operator_arguments():
     yield "requantize", (codes, scales, None, 1, seed, 5, "nearest", torch.float32, "reference")
     yield "expand", (codes, scales, torch.float32, "reference")
     yield "matmul", (data, scale, w_data, w_scale, 1.0, None, None, "identity", 32, torch.bfloat16, "auto", "reference")
-    yield "matmul_gradient", (dy, w_codes, w_scales, "mxfp8", False, 1.0, mask, "hadamard", 64, torch.float32, "reference")
+    options = ("hadamard", 64, torch.float32, "reference")
+    yield "matmul_gradient", (dy, w_codes, w_scales, "mxfp8", False, 1.0, mask, *options)
 
 
 @pytest.mark.parametrize("case", range(8))
