@@ -133,9 +133,7 @@ def matmul_bf16(
     return matmul.unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
 
 
-def matmul_mxfp8(
-    x: Tensor, codes: Tensor, scales: Tensor, *, transpose: bool, native: bool, **epilogue: Any
-) -> Tensor:
+def matmul_mxfp8(x: Tensor, codes: Tensor, scales: Tensor, *, transpose: bool, native: bool, **epilogue: Any) -> Tensor:
     """See :func:`quartet_kernels.reference.matmul_mxfp8`; exact bfloat16 operands where there are no MXFP8 units."""
     a = quantize_mxfp8(x, transpose=transpose, native=native)
     b = quantize_mxfp8(codes, scales, transpose=True, native=native)
