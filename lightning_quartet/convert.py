@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_quartet.linear import QuartetLinear, become_linear, become_quartet, forget, link, unsupported_shape
-from lightning_quartet.packed import pack_layers
+from lightning_quartet.packed import PackedQuartetLinear, pack_layers
 from quartet_kernels import QuartetConfig
 from quartet_kernels.linear import FLOAT_DTYPES
 
@@ -86,6 +86,7 @@ def revert_from_quartet(module: nn.Module) -> int:
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``.
+        ValueError: If a layer got another class since it was converted, as parametrizations give; nothing is reverted.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"revert_from_quartet needs an nn.Module, not {type(module).__name__}.")
@@ -154,8 +155,8 @@ def convert(
     if plan.layers:
         if not config.store_master_weights:
             pack_layers(layer for layer in plan.layers.values() if isinstance(layer, QuartetLinear))
-        _leave_fused_paths(module)
         link(module)
+    _leave_fused_paths(module)
     return ConversionReport(
         converted=tuple(plan.layers),
         already_converted=tuple(plan.already_converted),
@@ -166,9 +167,15 @@ def convert(
 
 def revert(module: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Revert these layers of the model."""
-    for layer in layers:
-        if isinstance(layer, QuartetLinear):
-            become_linear(layer)
+    ours = [layer for layer in layers if isinstance(layer, QuartetLinear)]
+    for layer in ours:
+        if type(layer) not in (QuartetLinear, PackedQuartetLinear):
+            raise ValueError(
+                f"A layer is a {type(layer).__name__} since it was converted and cannot become an nn.Linear again; undo "
+                "that first, for example with torch.nn.utils.parametrize.remove_parametrizations."
+            )
+    for layer in ours:
+        become_linear(layer)
     _restore_fused_paths(module)
     if not any(isinstance(layer, QuartetLinear) for layer in module.modules()):
         forget(module)
@@ -203,6 +210,8 @@ class _Plan:
                 return f"matches {pattern!r}"
         if any(matches(name, pattern) for name in aliases for pattern in _LORA_ADAPTERS):
             return "a LoRA adapter"
+        if isinstance(layer, nn.LazyLinear):
+            return "lazy: it has no sizes before the model's first forward"
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention uses its weight without calling it"
         if type(layer) is not nn.Linear:
@@ -211,6 +220,8 @@ class _Plan:
             return "its forward was replaced on the instance"
         if layer.weight.dtype not in FLOAT_DTYPES:
             return f"its weight is {layer.weight.dtype}"
+        if not self.config.store_master_weights and "weight" not in layer._parameters:
+            return "its weight is computed from other parameters, so there is nothing to pack"
         reason = unsupported_shape(layer.in_features, layer.out_features, self.config)
         if reason is None and self.filter_fn is not None and not self.filter_fn(layer, aliases[0]):
             return "left out by module_filter_fn"

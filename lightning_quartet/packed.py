@@ -109,7 +109,8 @@ def pack_quartet(module: nn.Module) -> int:
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``.
-        ValueError: If it has no QuartetLinear, or one whose weight is sharded over several devices.
+        ValueError: If it has no QuartetLinear, or one whose weight is sharded over several devices or computed from
+            other parameters (pruning, weight normalisation); nothing is packed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"pack_quartet needs an nn.Module, not {type(module).__name__}.")
@@ -127,6 +128,11 @@ def pack_layers(layers: Iterable[QuartetLinear]) -> int:
     for layer in layers:
         if isinstance(layer, PackedQuartetLinear):
             continue
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"pack_quartet: the weight of a {type(layer).__name__} is computed from other parameters, as pruning "
+                "and weight normalisation do; undo that first, for example with torch.nn.utils.prune.remove."
+            )
         if hasattr(layer.weight, "full_tensor"):
             raise ValueError(
                 "pack_quartet: a weight is a DTensor, sharded over several devices; pack the model before it is "

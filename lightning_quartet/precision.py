@@ -68,6 +68,7 @@ class QuartetPrecision(Precision):
         # All models that this plugin converted, under one root: two of them never share random bits.
         self._models = nn.ModuleList()
         self._step, self._micro_batch = 0, -1  # -1: no forward since the last optimizer step
+        self._inside = False  # a forward context
 
     @property
     def scaler(self) -> "torch.amp.GradScaler | None":
@@ -99,19 +100,29 @@ class QuartetPrecision(Precision):
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
         """Around a step or forward; each one that can have a backward is a new micro-batch."""
-        if torch.is_grad_enabled() and len(self._models) > 0:
-            self._micro_batch += 1
-            set_quartet_step(self._models, self._step, self._micro_batch)
+        if torch.is_grad_enabled():
+            self._next_micro_batch()
         if len(self._models) > 0 and isinstance(self._plain, (MixedPrecision, FabricMixedPrecision)):
             self._plain.device = next(self._models.parameters()).device.type
-        with self._plain.forward_context():
-            yield
+        outer, self._inside = self._inside, True
+        try:
+            with self._plain.forward_context():
+                yield
+        finally:
+            self._inside = outer
+
+    def _next_micro_batch(self) -> None:
+        if len(self._models) > 0:
+            self._micro_batch += 1
+            set_quartet_step(self._models, self._step, self._micro_batch)
 
     @override
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """The plain optimizer step; then the next step begins."""
         result = self._plain.optimizer_step(optimizer, *args, **kwargs)
         self._step, self._micro_batch = self._step + 1, -1
+        if self._inside:  # manual optimization: there may be another forward in this batch
+            self._next_micro_batch()
         return result
 
     @override
@@ -159,6 +170,9 @@ class QuartetPrecision(Precision):
 
     @override
     def post_backward(self, *args: Any, **kwargs: Any) -> Any:
+        """After a backward; in manual optimization the next one in the same batch is another micro-batch."""
+        if self._inside:
+            self._next_micro_batch()
         return self._plain.post_backward(*args, **kwargs)
 
     @override

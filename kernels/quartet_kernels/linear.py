@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import select_backend
@@ -120,6 +119,27 @@ class WeightWindow(threading.local):
 weight_window = WeightWindow()
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradient that ``dy`` gave, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, dy: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "The gradients of a Quartet linear layer cannot be differentiated again (a gradient penalty, a Hessian): "
+            "keep the layers that need it in high precision, for example with modules_to_not_convert."
+        )
+
+
+def _refuse_second_derivative(gradient: Tensor | None, dy: Tensor) -> Tensor | None:
+    # Not torch's once_differentiable: where the incoming gradient is a constant, it gives constants, and a gradient
+    # penalty would train nothing without a word.
+    return None if gradient is None else _NoSecondDerivative.apply(gradient.detach().requires_grad_(), dy)
+
+
 class _QuartetLinear(torch.autograd.Function):
     """``y = Xq Wq^T + b`` in the rotated basis; the backward is the paper's Algorithm (App. A.1, v4).
 
@@ -174,8 +194,15 @@ class _QuartetLinear(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _QuartetLinear.gradients(ctx, dy)
+        with torch.no_grad():  # create_graph=True
+            gradients = _QuartetLinear.gradients(ctx, dy)
+        return tuple(_refuse_second_derivative(gradient, dy) for gradient in gradients)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -210,6 +237,8 @@ def _gradient(
     sign_role = None
     if config.randomize_backward and signs is None:
         sign_role = SIGNS_DW if transpose else SIGNS_DX
+    if seed is None and (sign_role is not None or config.backward_rounding == "stochastic"):
+        raise RuntimeError("A traced Quartet linear layer has no backward; train the model that was traced.")
     grad_role, other_role = (GRAD_T, INPUT_T) if transpose else (GRAD, WEIGHT_T)
     draw, dtype, backend = (signs, sign_role, seed), _compute_dtype(dy), config.backend
     a = ops.quantize_backward(dy.contiguous(), *draw, grad_role, config.backward_rounding, transpose, backend)
@@ -318,14 +347,20 @@ def quartet_linear(
     Raises:
         TypeError: If a dtype or the config's type is not one of the above.
         ValueError: If shapes, devices, seed or signs do not fit.
-        RuntimeError: If the chosen backend cannot run on x's device, or a seed that is not a tensor is used while a
-            CUDA graph is captured.
+        RuntimeError: If the chosen backend cannot run on x's device, a seed that is not a tensor is used while a
+            CUDA graph is captured, it is called under a transform of torch.func, or (from autograd) its gradients are
+            differentiated again.
     """
     _check(x, weight, bias, config, master)
     if not torch.compiler.is_compiling():  # there the operators' fake kernels ask, without being traced
         select_backend(config.backend, x.device, x.dtype)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "Quartet linear layers do not run under transforms of torch.func (grad, vmap, jvp): call "
+                "revert_from_quartet(model) first, or use torch.autograd."
+            )
     out_dtype = x.dtype
-    if out_dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if out_dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
 
     packed = None
@@ -333,7 +368,9 @@ def quartet_linear(
         packed = weight.codes, weight.scales
     else:
         master = weight
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (master is not None and master.requires_grad))
+    # A trace holds a forward only, and a seed in it would make two traces differ.
+    grad_mode = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    needs_grad = grad_mode and (x.requires_grad or (master is not None and master.requires_grad))
     random = config.randomize_backward and signs is None or config.backward_rounding == "stochastic"
     if needs_grad and random and config.backward_dtype == "mxfp4":
         seed = _seed_tensor(seed, config, x.device)
@@ -342,7 +379,7 @@ def quartet_linear(
     if signs is not None:
         signs = (_checked_signs(signs[0], x.device), _checked_signs(signs[1], x.device))
 
-    bias_trains = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    bias_trains = grad_mode and bias is not None and bias.requires_grad
     if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
         return _decode(x, packed, bias, config, out_dtype)
     y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
@@ -375,6 +412,8 @@ def _decode(x: Tensor, packed: Packed, bias: Tensor | None, config: QuartetConfi
 
 
 def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch.device) -> Tensor:
+    if device.type == "meta":  # a layer without data has its seed on the CPU
+        return torch.empty(3, dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or tuple(seed.shape) != (3,) or seed.device != device:
             raise ValueError(

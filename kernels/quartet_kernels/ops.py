@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .backends import Backend, select_backend
 from .config import QuartetConfig
@@ -296,3 +297,22 @@ def _(
     backend: str,
 ) -> Tensor:
     return x.new_empty(x.shape[1] if transpose else x.shape[0], codes.shape[1] * 2, dtype=out_dtype)
+
+
+# For torch's FlopCounterMode, and so for Lightning's ModelSummary and ThroughputMonitor: the operations of a product,
+# whatever the precision, as for torch.mm.
+
+
+@register_flop_formula(torch.ops.quartet.matmul, get_raw=True)
+def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * a.shape[0] * b.shape[0] * a.shape[1] * (2 if a.dtype == torch.uint8 else 1)  # two codes to a byte
+
+
+@register_flop_formula(torch.ops.quartet.decode_matmul, get_raw=True)
+def _(x: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * x.shape[0] * x.shape[1] * codes.shape[0]
+
+
+@register_flop_formula(torch.ops.quartet.matmul_bf16, get_raw=True)
+def _(x: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * x.numel() * codes.shape[1] * 2

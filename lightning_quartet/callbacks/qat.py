@@ -120,9 +120,9 @@ class QuartetQAT(Callback):
         weight_window.close()
         while self._undo:
             self._undo.pop()()
+        converted, self._converted = self._converted, []  # a callback that is kept must not keep models
         if self.revert_on_end:
-            revert(pl_module, self._converted)
-            self._converted = []
+            revert(pl_module, converted)
 
     def _check_neighbours(self, trainer: pl.Trainer) -> None:
         strategy = trainer.strategy
@@ -164,16 +164,17 @@ class QuartetQAT(Callback):
         original = pl_module.configure_model
         instance_attribute = pl_module.__dict__.get("configure_model")
 
-        @functools.wraps(original)
-        def configure_model() -> None:
-            original()
-            self._convert(pl_module, complete=False)
-
         def undo() -> None:
             if instance_attribute is None:
-                del pl_module.__dict__["configure_model"]
+                pl_module.__dict__.pop("configure_model", None)
             else:
                 pl_module.__dict__["configure_model"] = instance_attribute
+
+        @functools.wraps(original)
+        def configure_model() -> None:
+            undo()  # a copy of the module (weight averaging makes one) must not call this one's
+            original()
+            self._convert(pl_module, complete=False)
 
         pl_module.__dict__["configure_model"] = configure_model
         self._undo.append(undo)
@@ -253,43 +254,54 @@ class QuartetQAT(Callback):
         self._micro_batch = self._micro_batch + 1 if step == self._step else 0
         self._step = step
         if self.start_step > 0 or self.end_step is not None:  # else on_train_start has said it for the whole fit
-            self._enable(trainer, pl_module)
+            self._enable(pl_module, step)
         set_quartet_step(pl_module, step, self._micro_batch)
         sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))  # weights come and go there
         if trainer.accumulate_grad_batches > 1 and not sharded:
             weight_window.open(step)
+
+    # In manual optimization one batch can have several backwards and several steps.
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization and self._step is not None:
+            self._micro_batch += 1
+            set_quartet_step(pl_module, self._step, self._micro_batch)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         weight_window.close()
-        # In manual optimization one batch can have several backwards, each followed by a step of its optimizer.
         if not pl_module.automatic_optimization and self._step is not None:
-            self._micro_batch += 1
+            self._step, self._micro_batch = trainer.global_step + 1, 0
+            self._enable(pl_module, self._step)
             set_quartet_step(pl_module, self._step, self._micro_batch)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._enable(trainer, pl_module)
+        self._enable(pl_module, trainer.global_step)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         weight_window.close()  # averaged weights may be swapped in without a trace
-        self._enable(trainer, pl_module)
+        self._enable_for_evaluation(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._enable(trainer, pl_module)
+        self._enable_for_evaluation(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._enable(trainer, pl_module)
+        self._enable_for_evaluation(trainer, pl_module)
 
-    def _enable(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _enable_for_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch the layers to the phase of the current step (outside fit: of the last step that is known)."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        step = trainer.global_step if fitting else max(trainer.global_step, self._step or 0)
+        self._enable(pl_module, trainer.global_step if fitting else max(trainer.global_step, self._step or 0))
+
+    def _enable(self, pl_module: pl.LightningModule, step: int) -> None:
+        """Switch the layers to the phase of a step."""
         enabled = self.start_step <= step and (self.end_step is None or step < self.end_step)
         for module in pl_module.modules():
             if isinstance(module, QuartetLinear) and module.quartet_enabled != enabled:
