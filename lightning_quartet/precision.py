@@ -39,7 +39,8 @@ class QuartetPrecision(Precision):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the precision or recipe is unknown.
+        ValueError: If the precision or recipe is unknown; when it converts a model, if a pattern matches nothing or
+            there is no layer to convert.
     """
 
     def __init__(

@@ -157,7 +157,11 @@ def _missing(name: str, device: torch.device) -> str | None:
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str]:
-    """Each backend's name and the reason why it can or cannot run on a device (the first GPU, or else the CPU)."""
+    """Each backend's name and the reason why it can or cannot run on a device (the first GPU, or else the CPU).
+
+    Raises:
+        RuntimeError: If there is no such device.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

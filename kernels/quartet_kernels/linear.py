@@ -304,6 +304,8 @@ def _check(
     for name, tensor in (("x", x), ("weight", stored), ("bias", bias)):
         if tensor is None:
             continue
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name} is a sparse or nested tensor; use an ordinary one, for example its values().")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
         if tensor.dtype not in FLOAT_DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):

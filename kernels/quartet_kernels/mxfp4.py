@@ -30,7 +30,11 @@ def unpack_codes(packed: Tensor) -> Tensor:
 
 
 def unpack_mask(mask: Tensor) -> Tensor:
-    """Clip mask words, int32 [..., K/32], as bool [..., K]: bit i of a word is element i of its group."""
+    """Clip mask words, int32 [..., K/32], as bool [..., K]: bit i of a word is element i of its group.
+
+    Raises:
+        TypeError: If the mask is not int32.
+    """
     if mask.dtype != torch.int32:
         raise TypeError(f"A clip mask is an int32 tensor of one word a group, not {mask.dtype}.")
     bits = torch.arange(GROUP_SIZE, dtype=torch.int32, device=mask.device)

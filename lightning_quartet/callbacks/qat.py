@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_quartet.convert import convert, resolve_config, resolve_patterns, revert
 from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.packed import PackedQuartetLinear
 from lightning_quartet.precision import QuartetPrecision
 from quartet_kernels import QuartetConfig
 from quartet_kernels.backends import select_backend
@@ -51,8 +52,11 @@ class QuartetQAT(Callback):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a recipe or step is not valid.
-        MisconfigurationException: In ``setup``, for a Trainer, strategy or plugin that it cannot work with.
+        ValueError: If a recipe or step is not valid; when a run begins, if a pattern matches nothing or there is no
+            layer to convert.
+        RuntimeError: When a run begins, if the config's backend cannot run on its device.
+        MisconfigurationException: When a run begins, for a Trainer, strategy, plugin, callback or optimizer that it
+            cannot work with.
 
     Example::
 
@@ -137,8 +141,7 @@ class QuartetQAT(Callback):
                 f"QuartetQAT(master_dtype={self.master_dtype!r}) does not work with {type(strategy).__name__}, which "
                 "needs one dtype for all parameters; keep the model in float32 with precision='bf16-mixed' instead."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = next((c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))), None)
+        averaging = _averaging(trainer)
         if isinstance(strategy, ModelParallelStrategy) and averaging is not None:
             raise MisconfigurationException(
                 f"{type(averaging).__name__} does not work with {type(strategy).__name__}, whose sharded modules "
@@ -238,6 +241,12 @@ class QuartetQAT(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        averaging = _averaging(trainer)
+        if averaging is not None and any(isinstance(module, PackedQuartetLinear) for module in pl_module.modules()):
+            raise MisconfigurationException(
+                f"{type(averaging).__name__} does not work with packed weights, whose 4-bit codes it would average as "
+                "numbers; keep the master weights (store_master_weights=True) or leave it out."
+            )
         parameters = set(pl_module.parameters())
         for optimizer in trainer.optimizers:
             if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
@@ -351,6 +360,12 @@ def _check_trainer(trainer: object) -> None:
             f"{type(trainer).__qualname__}: write `import lightning.pytorch as pl` instead of "
             "`import pytorch_lightning as pl`."
         )
+
+
+def _averaging(trainer: pl.Trainer) -> Callback | None:
+    """The Trainer's callback that averages weights, if it has one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))), None)
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
