@@ -171,8 +171,8 @@ def revert(module: nn.Module, layers: Sequence[nn.Module]) -> None:
     for layer in ours:
         if type(layer) not in (QuartetLinear, PackedQuartetLinear):
             raise ValueError(
-                f"A layer is a {type(layer).__name__} since it was converted and cannot become an nn.Linear again; undo "
-                "that first, for example with torch.nn.utils.parametrize.remove_parametrizations."
+                f"A layer is a {type(layer).__name__} since it was converted and cannot become an nn.Linear again; "
+                "undo that first, for example with torch.nn.utils.parametrize.remove_parametrizations."
             )
     for layer in ours:
         become_linear(layer)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4
-from quartet_kernels.linear import finish_gradient, forward_factor
+from quartet_kernels.linear import finish_gradient
 from quartet_kernels.mxfp4 import GROUP_SIZE
+from quartet_kernels.ops import forward_factor
 
 aten = torch.ops.aten
 

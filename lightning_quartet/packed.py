@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_quartet.linear import QuartetLinear, _warn_step_never_set
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
-from quartet_kernels.linear import forward_factor
 from quartet_kernels.mxfp4 import GROUP_SIZE
+from quartet_kernels.ops import forward_factor
 
 
 class PackedQuartetLinear(QuartetLinear):

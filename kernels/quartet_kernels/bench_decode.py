@@ -12,8 +12,9 @@ from torch import Tensor
 from . import ops
 from .config import QuartetConfig
 from .functional import quantize_mxfp4
-from .linear import _bf16_operand, _project, forward_factor
-from .mxfp4 import GROUP_SIZE, MXFP4Tensor
+from .linear import _bf16_operand, _project
+from .mxfp4 import MXFP4Tensor
+from .ops import forward_factor
 
 SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336))
 """(out_features, in_features)."""
@@ -79,10 +80,9 @@ def _few(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
 
 def _many(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
     _, _, a = _project(x, config, False)
-    data, scale = ops.expand(weight.codes, weight.scales, torch.float32, config.backend)
+    data, scale = ops.expand(weight.codes, weight.scales, torch.float32, config.text)
     b = (data, scale) if data.dim() == 2 else (weight.codes, weight.scales)
-    alpha = forward_factor(config) ** 2
-    return ops.matmul(*a, *b, alpha, None, None, "identity", GROUP_SIZE, torch.bfloat16, "auto", config.backend)
+    return ops.matmul(*a, *b, None, torch.bfloat16, config.text)
 
 
 def _graphed(calls: list[Callable[[], Tensor]], rounds: int = 8, repeats: int = 30) -> float:

@@ -1,6 +1,8 @@
 """What is computed: one frozen, validated configuration and its named recipes."""
 
+import ast
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -64,6 +66,13 @@ class QuartetConfig:
                 raise ValueError(f"QuartetConfig.{name} is {value!r}; choose one of {allowed}.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"QuartetConfig.seed is {self.seed!r}; choose an integer from 0 to 2**32 - 1.")
+        # Made once: every call of an operator takes it.
+        object.__setattr__(self, "_text", repr({name: getattr(self, name) for name in self.__dataclass_fields__}))
+
+    @property
+    def text(self) -> str:
+        """All options as a Python literal, which is how operators take them."""
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def rotation_width(self) -> int:
@@ -105,6 +114,12 @@ class QuartetConfig:
             if getattr(self, field.name) != field.default
         ]
         return f"QuartetConfig({', '.join(changed)})"
+
+
+@functools.lru_cache(maxsize=256)
+def parse_config(text: str) -> QuartetConfig:
+    """The inverse of :attr:`QuartetConfig.text`."""
+    return QuartetConfig.from_dict(ast.literal_eval(text))
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

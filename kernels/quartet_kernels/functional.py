@@ -8,8 +8,9 @@ from torch import Tensor
 from . import reference
 from .backends import load_backend, select_backend
 from .config import QuartetConfig
-from .linear import BACKWARD_FACTOR, FLOAT_DTYPES, _checked_signs, _seed_tensor, forward_factor
+from .linear import FLOAT_DTYPES, _checked_signs, _seed_tensor
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
+from .ops import BACKWARD_FACTOR, forward_factor
 from .philox import GRAD
 from .rotation import rotation_matrix
 

@@ -13,21 +13,14 @@ from . import ops
 from .backends import select_backend
 from .config import QuartetConfig
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
-from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T, make_seed
+from .ops import compute_dtype, forward_factor
+from .philox import make_seed
 from .rotation import rotation_matrix
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What can be quantised."""
 
-BACKWARD_FACTOR = 4 / 3
-"""Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
-
 Packed = tuple[Tensor, Tensor]
-
-
-def forward_factor(config: QuartetConfig) -> float:
-    """What a forward tensor's ``code * scale`` is multiplied with."""
-    return 4 / 3 if config.forward_method == "abs_max" else 1.0
 
 
 Projection = tuple[Packed, Tensor | None, Packed]
@@ -37,16 +30,7 @@ Projection = tuple[Packed, Tensor | None, Packed]
 def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
     """Rotate and quantise x [..., K], as M rows."""
     x = x.reshape(-1, x.shape[-1])
-    codes, scales, words, data, scale = ops.quantize_forward(
-        x,
-        config.forward_method,
-        config.statistic,
-        config.scale_rule,
-        config.transform_init,
-        config.hadamard_group_size,
-        mask,
-        config.backend,
-    )
+    codes, scales, words, data, scale = ops.quantize_forward(x, config.text, mask)
     packed = (codes, scales)
     return packed, words if mask else None, (data, scale) if data.dim() == 2 else packed
 
@@ -171,9 +155,8 @@ class _QuartetLinear(torch.autograd.Function):
             project_weight = _project if torch.compiler.is_compiling() else weight_window.project
             packed, w_mask, b = project_weight(weight, config, need_dw and clips)
         else:
-            data, scale = ops.expand(*packed, _compute_dtype(x), config.backend)
+            data, scale = ops.expand(*packed, compute_dtype(x), config.text)
             b = (data, scale) if data.dim() == 2 else packed
-        factor = forward_factor(config)
 
         ctx.config, ctx.x_dtype, ctx.x_shape = config, x.dtype, x.shape
         ctx.weight_dtype = None if weight is None else weight.dtype
@@ -186,12 +169,7 @@ class _QuartetLinear(torch.autograd.Function):
             seed,
             *(signs or (None, None)),
         )
-        accumulation = config.accumulation
-        if accumulation == "auto" and config.transform_init == "identity":
-            accumulation = "precise"  # without a rotation, products of one sign add up to what fast accumulation loses
-        return ops.matmul(
-            *a, *b, factor * factor, bias, None, "identity", GROUP_SIZE, out_dtype, accumulation, config.backend
-        )
+        return ops.matmul(*a, *b, bias, out_dtype, config.text)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,46 +183,19 @@ class _QuartetLinear(torch.autograd.Function):
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
         dx = dw = db = None
+        config, text = ctx.config, ctx.config.text
+        random = config.randomize_backward and signs_dx is None or config.backward_rounding == "stochastic"
+        if seed is None and random and config.backward_dtype == "mxfp4" and any(ctx.needs_input_grad[:2]):
+            raise RuntimeError("A traced Quartet linear layer has no backward; train the model that was traced.")
         if ctx.needs_input_grad[0]:
-            dx = _gradient(ctx.config, dy, w_codes, w_scales, x_mask, seed, signs_dx, ctx.x_dtype)
+            dx = ops.gradient(dy, w_codes, w_scales, x_mask, seed, signs_dx, False, True, ctx.x_dtype, text)
             dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            out = (w_mask, seed, signs_dw, ctx.weight_dtype)
-            dw = _gradient(ctx.config, dy, x_codes, x_scales, *out, transpose=True, finish=ctx.finished)
+            options = (seed, signs_dw, True, ctx.finished, ctx.weight_dtype, text)
+            dw = ops.gradient(dy, x_codes, x_scales, w_mask, *options)
         if ctx.needs_input_grad[3]:
-            db = dy.sum(0, dtype=_compute_dtype(dy)).to(ctx.bias_dtype)
+            db = dy.sum(0, dtype=compute_dtype(dy)).to(ctx.bias_dtype)
         return dx, dw, None, db, None, None, None, None
-
-
-def _gradient(
-    config: QuartetConfig,
-    dy: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    signs: Tensor | None,
-    out_dtype: torch.dtype,
-    transpose: bool = False,
-    finish: bool = True,
-) -> Tensor:
-    """dX = dY Wq from the weight's codes, or (transpose) dW = dY^T Xq from the input's; masked and rotated back."""
-    transform = (config.transform_init, config.hadamard_group_size) if finish else ("identity", GROUP_SIZE)
-    factor = forward_factor(config)
-    if config.backward_dtype != "mxfp4":
-        options = (config.backward_dtype, transpose, factor, mask, *transform, out_dtype, config.backend)
-        return ops.matmul_gradient(dy.contiguous(), codes, scales, *options)
-    sign_role = None
-    if config.randomize_backward and signs is None:
-        sign_role = SIGNS_DW if transpose else SIGNS_DX
-    if seed is None and (sign_role is not None or config.backward_rounding == "stochastic"):
-        raise RuntimeError("A traced Quartet linear layer has no backward; train the model that was traced.")
-    grad_role, other_role = (GRAD_T, INPUT_T) if transpose else (GRAD, WEIGHT_T)
-    draw, dtype, backend = (signs, sign_role, seed), _compute_dtype(dy), config.backend
-    a = ops.quantize_backward(dy.contiguous(), *draw, grad_role, config.backward_rounding, transpose, backend)
-    b = ops.requantize(codes, scales, *draw, other_role, config.backward_rounding, dtype, backend)
-    factor *= BACKWARD_FACTOR**2
-    return ops.matmul(*a, *b, factor, None, mask, *transform, out_dtype, config.accumulation, backend)
 
 
 def finish_gradient(gradient: Tensor, weight: Tensor, config: QuartetConfig) -> Tensor:
@@ -265,12 +216,8 @@ def finish_gradient(gradient: Tensor, weight: Tensor, config: QuartetConfig) -> 
         _, mask, _ = _project(weight, config, True)
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, weight.device)
     backend = select_backend(config.backend, weight.device, weight.dtype)
-    wide = gradient.to(_compute_dtype(gradient))
+    wide = gradient.to(compute_dtype(gradient))
     return backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @functools.lru_cache(maxsize=128)

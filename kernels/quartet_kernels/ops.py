@@ -1,11 +1,11 @@
 """The only door from Python into a backend: custom operators, opaque to ``torch.compile``, with fake kernels.
 
-Each resolves its backend by name from its input's device; shapes and meanings are those of
-:mod:`quartet_kernels.reference`. A missing mask or operand is an empty tensor of one dimension, since an operator
-cannot return None.
+Each takes a configuration as :attr:`QuartetConfig.text`, since schemas know no classes, and resolves its backend from
+its input's device; shapes and meanings are those of :mod:`quartet_kernels.reference`. A missing mask or operand is an
+empty tensor of one dimension, since an operator cannot return None.
 """
 
-import functools
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +14,32 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import Backend, select_backend
-from .config import QuartetConfig
+from .config import QuartetConfig, parse_config
 from .mxfp4 import GROUP_SIZE
+from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, WEIGHT_T
 from .rotation import rotation_matrix
 
 _LIBRARY = torch.library.Library("quartet", "DEF")
+
+BACKWARD_FACTOR = 4 / 3
+"""Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
+
+
+def forward_factor(config: QuartetConfig) -> float:
+    """What a forward tensor's ``code * scale`` is multiplied with."""
+    return 4 / 3 if config.forward_method == "abs_max" else 1.0
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What operands that are not quantised are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload:
     """Make a function the operator ``quartet::name``.
 
     Not ``torch.library.custom_op``, whose wrapper takes the host several times as long per call (40 microseconds
-    against 6 on a loaded CPU): a layer makes nine calls, and has its own autograd function above them.
+    against 6 on a loaded CPU): a layer makes five calls, and has its own autograd function above them.
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
@@ -34,28 +48,14 @@ def _operator(function: Callable[..., Any]) -> torch._ops.OpOverload:
     return getattr(torch.ops.quartet, name).default
 
 
-def _backend(name: str, x: Tensor) -> Backend:
-    return select_backend(name, x.device, x.dtype)
+def _backend(config: QuartetConfig, x: Tensor) -> Backend:
+    return select_backend(config.backend, x.device, x.dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _projection(
-    forward_method: str, statistic: str, scale_rule: str, transform_init: str, group_size: int
-) -> QuartetConfig:
-    return QuartetConfig.from_dict(
-        {
-            "forward_method": forward_method,
-            "statistic": statistic,
-            "scale_rule": scale_rule,
-            "transform_init": transform_init,
-            "hadamard_group_size": group_size,
-        }
-    )
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     # Autocast would turn the reference's float32 products into bfloat16 ones.
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _padded(tokens: int) -> int:
@@ -63,23 +63,14 @@ def _padded(tokens: int) -> int:
 
 
 def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype, device=x.device)
 
 
 @_operator
-def quantize_forward(
-    x: Tensor,
-    forward_method: str,
-    statistic: str,
-    scale_rule: str,
-    transform_init: str,
-    group_size: int,
-    mask: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    config = _projection(forward_method, statistic, scale_rule, transform_init, group_size)
+def quantize_forward(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = parse_config(config)
     with _no_autocast(x):
-        codes, scales, words, data, scale = _backend(backend, x).quantize_forward(x, config=config, mask=mask)
+        codes, scales, words, data, scale = _backend(options, x).quantize_forward(x, config=options, mask=mask)
     return (
         codes,
         scales,
@@ -90,18 +81,9 @@ def quantize_forward(
 
 
 @torch.library.register_fake("quartet::quantize_forward", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    forward_method: str,
-    statistic: str,
-    scale_rule: str,
-    transform_init: str,
-    group_size: int,
-    mask: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
-    chosen = _backend(backend, x)
+    chosen = _backend(parse_config(config), x)
     if chosen.packed:
         data, scale = _none(x, torch.uint8), _none(x, torch.uint8)
     else:
@@ -112,85 +94,16 @@ def _(
 
 
 @_operator
-def quantize_backward(
-    x: Tensor,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    transpose: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    with _no_autocast(x):
-        return _backend(backend, x).quantize_backward(
-            x, signs=signs, sign_role=sign_role, seed=seed, role=role, rounding=rounding, transpose=transpose
-        )
-
-
-@torch.library.register_fake("quartet::quantize_backward", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    transpose: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
-    if transpose:
-        rows, columns = columns, _padded(rows)
-    return _backend(backend, x).empty_operand(x, rows, columns)
-
-
-@_operator
-def requantize(
-    codes: Tensor,
-    scales: Tensor,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    chosen = select_backend(backend, codes.device, dtype)
-    with _no_autocast(codes):
-        return chosen.requantize(
-            codes, scales, signs=signs, sign_role=sign_role, seed=seed, role=role, rounding=rounding, dtype=dtype
-        )
-
-
-@torch.library.register_fake("quartet::requantize", lib=_LIBRARY)
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    signs: Tensor | None,
-    sign_role: int | None,
-    seed: Tensor | None,
-    role: int,
-    rounding: str,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    chosen = select_backend(backend, codes.device, dtype)
-    return chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[1] * 2, _padded(codes.shape[0]))
-
-
-@_operator
-def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = select_backend(backend, codes.device, dtype)
+def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype, config: str) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(parse_config(config).backend, codes.device, dtype)
     if chosen.packed:
         return _none(codes, torch.uint8), _none(codes, torch.uint8)
     return chosen.expand(codes, scales, dtype=dtype)
 
 
 @torch.library.register_fake("quartet::expand", lib=_LIBRARY)
-def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = select_backend(backend, codes.device, dtype)
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, config: str) -> tuple[Tensor, Tensor]:
+    chosen = select_backend(parse_config(config).backend, codes.device, dtype)
     if chosen.packed:
         return _none(codes, torch.uint8), _none(codes, torch.uint8)
     return chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[0], codes.shape[1] * 2)
@@ -198,30 +111,22 @@ def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str) -> tuple[
 
 @_operator
 def matmul(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    alpha: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    transform_init: str,
-    group_size: int,
-    out_dtype: torch.dtype,
-    accumulation: str,
-    backend: str,
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, config: str
 ) -> Tensor:
-    matrix = rotation_matrix(transform_init, group_size, a.device)
+    options = parse_config(config)
+    accumulation = options.accumulation
+    if accumulation == "auto" and options.transform_init == "identity":
+        accumulation = "precise"  # without a rotation, products of one sign add up to what fast accumulation loses
     with _no_autocast(a):
-        return select_backend(backend, a.device, out_dtype).matmul(
+        return select_backend(options.backend, a.device, out_dtype).matmul(
             a,
             a_scale,
             b,
             b_scale,
-            alpha=alpha,
+            alpha=forward_factor(options) ** 2,
             bias=bias,
-            mask=mask,
-            matrix=matrix,
+            mask=None,
+            matrix=None,
             out_dtype=out_dtype,
             accumulation=accumulation,
         )
@@ -229,20 +134,83 @@ def matmul(
 
 @torch.library.register_fake("quartet::matmul", lib=_LIBRARY)
 def _(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    alpha: float,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    transform_init: str,
-    group_size: int,
-    out_dtype: torch.dtype,
-    accumulation: str,
-    backend: str,
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, config: str
 ) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+@_operator
+def gradient(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    signs: Tensor | None,
+    transpose: bool,
+    finish: bool,
+    out_dtype: torch.dtype,
+    config: str,
+) -> Tensor:
+    """dX = dY Wq from the weight's codes, or (transpose) dW = dY^T Xq from the input's; masked and (finish) rotated
+    back. One operator, since the host pays for each call."""
+    options = parse_config(config)
+    backend = _backend(options, dy)
+    matrix = None
+    if finish:
+        matrix = rotation_matrix(options.transform_init, options.hadamard_group_size, dy.device)
+    factor = forward_factor(options)
+    dy = dy.contiguous()
+    with _no_autocast(dy):
+        if options.backward_dtype != "mxfp4":
+            multiply = backend.matmul_mxfp8 if options.backward_dtype == "mxfp8" else backend.matmul_bf16
+            return multiply(
+                dy, codes, scales, transpose=transpose, alpha=factor, mask=mask, matrix=matrix, out_dtype=out_dtype
+            )
+        rounding = options.backward_rounding
+        sign_role = None
+        if options.randomize_backward and signs is None:
+            sign_role = SIGNS_DW if transpose else SIGNS_DX
+        grad_role, other_role = (GRAD_T, INPUT_T) if transpose else (GRAD, WEIGHT_T)
+        a = backend.quantize_backward(
+            dy, signs=signs, sign_role=sign_role, seed=seed, role=grad_role, rounding=rounding, transpose=transpose
+        )
+        b = backend.requantize(
+            codes,
+            scales,
+            signs=signs,
+            sign_role=sign_role,
+            seed=seed,
+            role=other_role,
+            rounding=rounding,
+            dtype=compute_dtype(dy),
+        )
+        return backend.matmul(
+            *a,
+            *b,
+            alpha=factor * BACKWARD_FACTOR**2,
+            bias=None,
+            mask=mask,
+            matrix=matrix,
+            out_dtype=out_dtype,
+            accumulation=options.accumulation,
+        )
+
+
+@torch.library.register_fake("quartet::gradient", lib=_LIBRARY)
+def _(
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    signs: Tensor | None,
+    transpose: bool,
+    finish: bool,
+    out_dtype: torch.dtype,
+    config: str,
+) -> Tensor:
+    return dy.new_empty(dy.shape[1] if transpose else dy.shape[0], codes.shape[1] * 2, dtype=out_dtype)
 
 
 @_operator
@@ -259,46 +227,6 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | Non
     return x.new_empty(x.shape[0], codes.shape[0], dtype=out_dtype)
 
 
-@_operator
-def matmul_gradient(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    backward_dtype: str,
-    transpose: bool,
-    alpha: float,
-    mask: Tensor | None,
-    transform_init: str,
-    group_size: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    matrix = rotation_matrix(transform_init, group_size, x.device)
-    chosen = _backend(backend, x)
-    multiply = chosen.matmul_mxfp8 if backward_dtype == "mxfp8" else chosen.matmul_bf16
-    with _no_autocast(x):
-        return multiply(
-            x, codes, scales, transpose=transpose, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype
-        )
-
-
-@torch.library.register_fake("quartet::matmul_gradient", lib=_LIBRARY)
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    backward_dtype: str,
-    transpose: bool,
-    alpha: float,
-    mask: Tensor | None,
-    transform_init: str,
-    group_size: int,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(x.shape[1] if transpose else x.shape[0], codes.shape[1] * 2, dtype=out_dtype)
-
-
 # For torch's FlopCounterMode, and so for Lightning's ModelSummary and ThroughputMonitor: the operations of a product,
 # whatever the precision, as for torch.mm.
 
@@ -313,6 +241,6 @@ def _(x: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
     return 2 * x.shape[0] * x.shape[1] * codes.shape[0]
 
 
-@register_flop_formula(torch.ops.quartet.matmul_bf16, get_raw=True)
-def _(x: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
-    return 2 * x.numel() * codes.shape[1] * 2
+@register_flop_formula(torch.ops.quartet.gradient, get_raw=True)
+def _(dy: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * dy.numel() * codes.shape[1] * 2

@@ -21,7 +21,8 @@ from quartet_kernels import (
     reference,
     unpack_mask,
 )
-from quartet_kernels.linear import _last_input, finish_gradient, forward_factor, weight_window
+from quartet_kernels.linear import _last_input, finish_gradient, weight_window
+from quartet_kernels.ops import forward_factor
 from quartet_kernels.philox import draw_signs, make_seed
 from quartet_kernels.rotation import rotation_matrix
 
@@ -423,22 +424,21 @@ def test_bad_input_gets_one_sentence(change, error, message, monkeypatch):
 
 def operator_arguments():
     x, w = torch.randn(34, 64), torch.randn(32, 64)
-    codes, scales, mask, data, scale = torch.ops.quartet.quantize_forward(
-        x, "quest", "rms", "mse", "hadamard", 32, True, "reference"
-    )
-    w_codes, w_scales, _, w_data, w_scale = torch.ops.quartet.quantize_forward(
-        w, "quest", "rms", "mse", "hadamard", 32, True, "reference"
-    )
+    config = QuartetConfig(backend="reference").text
+    codes, scales, mask, data, scale = torch.ops.quartet.quantize_forward(x, config, True)
+    w_codes, w_scales, _, w_data, w_scale = torch.ops.quartet.quantize_forward(w, config, True)
     seed, dy = torch.tensor([1, 2, 3]), torch.randn(34, 32)
-    yield "quantize_forward", (x, "abs_max", "rms", "mse", "identity", 32, False, "reference")
-    yield "quantize_forward", (x, "quest", "std", "floor", "gsr", 64, True, "reference")
-    yield "quantize_backward", (dy, None, 0, seed, 2, "stochastic", False, "reference")
-    yield "quantize_backward", (dy, torch.ones(32), None, None, 4, "nearest", True, "reference")
-    yield "requantize", (codes, scales, None, 1, seed, 5, "nearest", torch.float32, "reference")
-    yield "expand", (codes, scales, torch.float32, "reference")
-    yield "matmul", (data, scale, w_data, w_scale, 1.0, None, None, "identity", 32, torch.bfloat16, "auto", "reference")
-    options = ("hadamard", 64, torch.float32, "reference")
-    yield "matmul_gradient", (dy, w_codes, w_scales, "mxfp8", False, 1.0, mask, *options)
+    yield "quantize_forward", (x, QuartetConfig(forward_method="abs_max", transform_init="identity").text, False)
+    gsr = QuartetConfig(statistic="std", scale_rule="floor", transform_init="gsr", hadamard_group_size=64)
+    yield "quantize_forward", (x, gsr.text, True)
+    yield "expand", (codes, scales, torch.float32, config)
+    yield "matmul", (data, scale, w_data, w_scale, torch.randn(32), torch.bfloat16, config)
+    for_input, for_weight = (dy, w_codes, w_scales, mask), (dy, codes, scales, None)
+    yield "gradient", (*for_input, seed, None, False, True, torch.float32, config)
+    stochastic = QuartetConfig(backward_rounding="stochastic").text
+    yield "gradient", (*for_weight, seed, torch.ones(32), True, False, torch.bfloat16, stochastic)
+    yield "gradient", (*for_weight, None, None, True, True, torch.float32, QuartetConfig(backward_dtype="bf16").text)
+    yield "gradient", (*for_input, None, None, False, True, torch.float32, QuartetConfig(backward_dtype="mxfp8").text)
 
 
 @pytest.mark.parametrize("case", range(8))

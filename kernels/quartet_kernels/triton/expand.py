@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INTERPRET, fp8_words, group_factor, row_key, row_scale_of, row_top
+from .launch import cdiv, launch
 
 PAIRS = 2048 if INTERPRET.value else 1024  # of code words in a tile: 512 groups
 WARPS = 8
@@ -74,8 +75,8 @@ def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[
         short = groups <= PAIRS // 8
         pairs = PAIRS // 4 if short else PAIRS
         tile_rows = PAIRS // pairs
-        expand_kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(groups, pairs // 2),)](
-            codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.int32), row_scale, rows, groups,
-            CHECK_CODES=check_codes, ROWS=tile_rows, PAIRS=pairs, num_warps=WARPS,
-        )  # fmt: skip
+        pointers = (codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.int32), row_scale)
+        programs = cdiv(rows, tile_rows) * cdiv(groups, pairs // 2)
+        constants = (check_codes, tile_rows, pairs)
+        launch(expand_kernel, codes.device, programs, (*pointers, rows, groups), constants, WARPS)
     return data, row_scale

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import cdiv, launch
 from .matmul import (
+    GROUP_M,
     apply_mask,
     empty_product,
     epilogue_arguments,
@@ -162,7 +164,7 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: 
         block_m, block_n, warps = 128, 128, 8  # larger tiles have no registers left for a block of 128 columns
     elif precise:
         block_m, block_n, warps = 256, 128, 8
-    elif 2 * triton.cdiv(M, 128) * triton.cdiv(N, 256) > programs:
+    elif 2 * cdiv(M, 128) * cdiv(N, 256) > programs:
         block_m, block_n, warps = 128, 256, 8
     else:
         block_m, block_n, warps = 128, 128, 4
@@ -204,26 +206,30 @@ def matmul(
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, a_scale, out_dtype)
-    runtime |= {"a_scale_ptr": a_scale.contiguous(), "b_scale_ptr": b_scale.contiguous()}
+    runtime, constants = epilogue_arguments(alpha, bias, mask, matrix, a_scale, out_dtype)
+    runtime = (a_scale.contiguous(), b_scale.contiguous(), *runtime, M, N, K)
     precise = accumulation == "precise"
     if has_tma(a.device) and aligned(a, b, out):
         programs = multiprocessors(a.device) if a.device.type == "cuda" else 4
-        tile = tma_tile(M, N, programs, precise, constant["MASK"], constant["G"], out.element_size())
-        programs = min(programs, triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n))
-        fp8_tma_kernel[(programs,)](
+        _, masked, group, _ = constants
+        tile = tma_tile(M, N, programs, precise, masked, group, out.element_size())
+        descriptors = (
             TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),
             TensorDescriptor.from_tensor(b, [tile.block_n, tile.block_k]),
             TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]),
-            M=M, N=N, K=K, **runtime, **constant,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=8, PARTS=tile.parts,
-            WARPS=0 if precise or constant["G"] > 32 else tile.warps, PRECISE=precise,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        )
+        launch(
+            fp8_tma_kernel,
+            a.device,
+            min(programs, cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
+            (*descriptors, *runtime),
+            (*constants, tile.block_m, tile.block_n, tile.block_k, GROUP_M, tile.parts)
+            + (0 if precise or group > 32 else tile.warps, precise),
+            tile.warps,
+            tile.stages,
+        )
         return out
-    grid = (triton.cdiv(M, 128) * triton.cdiv(N, 128),)
-    fp8_pointer_kernel[grid](
-        a, b, out, M=M, N=N, K=K, **runtime, **constant,
-        BLOCK_M=128, BLOCK_N=128, BLOCK_K=128, GROUP_M=8, PRECISE=precise, num_warps=8, num_stages=2,
-    )  # fmt: skip
+    blocks = (128, 128, 128, GROUP_M, precise)
+    programs = cdiv(M, 128) * cdiv(N, 128)
+    launch(fp8_pointer_kernel, a.device, programs, (a, b, out, *runtime), (*constants, *blocks), 8, 2)
     return out

@@ -7,16 +7,17 @@ multiplies with float32 accumulation, so the only rounding before the epilogue i
 GPU that Triton compiles for, and on CPU tensors under Triton's interpreter.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from .common import INTERPRET
+from .launch import cdiv, launch
 
 PACKED_TILES = {9: (128, 128, 64), 10: (128, 128, 64)}
 """(BLOCK_M, BLOCK_N, BLOCK_K) of the packed GEMM by major compute capability (MI300 and MI350 say 9); 8 warps each."""
+GROUP_M = 8
+"""Rows of tiles that are walked together, see :func:`tile_of`."""
 SMALL_PACKED_TILE = (64, 128, 64)  # elsewhere accumulators and operands are both in registers: the larger tile spills
 
 
@@ -241,27 +242,21 @@ def packed_tile(device: torch.device) -> tuple[int, int, int]:
 def epilogue_arguments(
     alpha: float, bias: torch.Tensor | None, mask: torch.Tensor | None, matrix: torch.Tensor | None,
     placeholder: torch.Tensor, out_dtype: torch.dtype,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Run-time and constexpr arguments of the epilogue, the rotation's factor folded into alpha.
+) -> tuple[tuple[torch.Tensor | float, ...], tuple[bool, bool, int, int]]:  # fmt: skip
+    """Arguments bias_ptr to rotation_scale and constants BIAS, MASK, G and PIECES of a kernel with the epilogue.
 
-    A pointer that is not read gets the placeholder.
+    The rotation's factor is folded into alpha. A pointer that is not read gets the placeholder.
     """
     group = 0 if matrix is None else matrix.shape[0]
     rotation_scale = float(group) ** -0.5 if group else 1.0
-    runtime = {
-        "bias_ptr": placeholder if bias is None else bias.contiguous(),
-        "mask_ptr": placeholder if mask is None else mask.contiguous(),
-        "rotation_ptr": placeholder if matrix is None else matrix.contiguous(),
-        "rotation_scale": rotation_scale,
-        "alpha": alpha * rotation_scale,
-    }
-    constant = {
-        "BIAS": bias is not None,
-        "MASK": mask is not None,
-        "G": group,
-        "PIECES": 3 if out_dtype == torch.float32 else 2,
-    }
-    return runtime, constant
+    runtime = (
+        placeholder if bias is None else bias.contiguous(),
+        placeholder if mask is None else mask.contiguous(),
+        placeholder if matrix is None else matrix.contiguous(),
+        float(alpha * rotation_scale),
+        rotation_scale,
+    )
+    return runtime, (bias is not None, mask is not None, group, 3 if out_dtype == torch.float32 else 2)
 
 
 def empty_product(
@@ -298,14 +293,12 @@ def matmul(
     if M == 0 or N == 0 or K == 0:
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
-    block_m, block_n, block_k = packed_tile(a.device)
-    grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
-    packed_matmul_kernel[grid](
-        a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous(), out,
-        M=M, N=N, K=K, **runtime, **constant,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    runtime, constants = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
+    tile = packed_tile(a.device)
+    operands = (a.contiguous(), a_scales.contiguous(), b.contiguous(), b_scales.contiguous())
+    arguments = (*operands, out, *runtime, M, N, K)
+    programs = cdiv(M, tile[0]) * cdiv(N, tile[1])
+    launch(packed_matmul_kernel, a.device, programs, arguments, (*constants, *tile, GROUP_M), 8)
     return out
 
 
@@ -317,13 +310,9 @@ def unrotate(
     out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
     if out.numel() == 0:
         return out
-    runtime, constant = epilogue_arguments(alpha, None, mask, matrix, out, out_dtype)
-    del runtime["bias_ptr"], constant["BIAS"]
-    grid = (triton.cdiv(M, 64) * triton.cdiv(N, 128),)
-    unrotate_kernel[grid](
-        acc.contiguous(), out, M=M, N=N, **runtime, **constant,
-        BLOCK_M=64, BLOCK_N=128, num_warps=4,
-    )  # fmt: skip
+    (_, *runtime), (_, *constants) = epilogue_arguments(alpha, None, mask, matrix, out, out_dtype)
+    arguments = (acc.contiguous(), out, *runtime, M, N)
+    launch(unrotate_kernel, acc.device, cdiv(M, 64) * cdiv(N, 128), arguments, (*constants, 64, 128), 4)
     return out
 
 
@@ -333,8 +322,6 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype)
     out = torch.empty((M, K), dtype=dtype, device=codes.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(M, 32) * triton.cdiv(K, 256),)
-    dequantize_kernel[grid](
-        codes.contiguous(), scales.contiguous(), out, M=M, K=K, BLOCK_M=32, BLOCK_K=256, num_warps=4
-    )
+    arguments = (codes.contiguous(), scales.contiguous(), out, M, K)
+    launch(dequantize_kernel, codes.device, cdiv(M, 32) * cdiv(K, 256), arguments, (32, 256), 4)
     return out

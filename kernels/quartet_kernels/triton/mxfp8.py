@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FIRST_NOT_FINITE, INTERPRET, largest_bits, per_element, power_of_two, to_bfloat16, to_float32
+from .launch import cdiv, launch
 from .matmul import decode_tile
 
 Operand = tuple[Tensor, Tensor]
@@ -88,15 +89,15 @@ def quantize_mxfp8(x: Tensor, scales: Tensor | None = None, *, transpose: bool, 
     """
     rows, columns = x.shape[0], x.shape[1] * (1 if scales is None else 2)
     x = x.contiguous() if scales is not None or x.stride(1) != 1 else x
-    shape = (columns, triton.cdiv(rows, 32) * 32) if transpose else (rows, columns)
+    shape = (columns, cdiv(rows, 32) * 32) if transpose else (rows, columns)
     data = torch.empty(shape, dtype=torch.float8_e4m3fn if native else torch.bfloat16, device=x.device)
     if native:
         out_scales = torch.empty(shape[0], shape[1] // 32, dtype=torch.uint8, device=x.device)
     else:
         out_scales = torch.empty(0, dtype=torch.float32, device=x.device)
     if data.numel() > 0:
-        mxfp8_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)](
-            x, None if scales is None else scales.contiguous(), data, out_scales if native else None, rows, columns,
-            x.stride(0), TRANSPOSE=transpose, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-        )  # fmt: skip
+        pointers = (x, None if scales is None else scales.contiguous(), data, out_scales if native else None)
+        arguments = (*pointers, rows, columns, x.stride(0))
+        programs = cdiv(rows, ROWS) * cdiv(columns, COLUMNS)
+        launch(mxfp8_kernel, x.device, programs, arguments, (transpose, ROWS, COLUMNS), WARPS)
     return data, out_scales

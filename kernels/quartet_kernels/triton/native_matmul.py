@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .matmul import empty_product, epilogue_arguments, finish, tile_of
+from .launch import cdiv, launch
+from .matmul import GROUP_M, empty_product, epilogue_arguments, finish, tile_of
 
 BLOCK_M, BLOCK_N, BLOCK_K, WARPS = 128, 128, 128, 8
 """One tile for all. What gives FP4 instructions: on 10.x a BLOCK_M that is a multiple of 128, and 4 or 8 warps;
@@ -72,11 +73,10 @@ def matmul(
     if M == 0 or N == 0 or K == 0:
         return empty_product(M, N, bias, mask, matrix, out_dtype, a.device)
     out = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    runtime, constant = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
-    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
-    native_matmul_kernel[grid](
-        a.contiguous().view(torch.uint8), a_scales.contiguous(), b.contiguous().view(torch.uint8),
-        b_scales.contiguous(), out, M=M, N=N, K=K, **runtime, **constant, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K, GROUP_M=8, FORMAT="e2m1" if packed else "e4m3", num_warps=WARPS, num_stages=3,
-    )  # fmt: skip
+    runtime, constants = epilogue_arguments(alpha, bias, mask, matrix, out, out_dtype)
+    bytes_a, bytes_b = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    arguments = (bytes_a, a_scales.contiguous(), bytes_b, b_scales.contiguous(), out, *runtime, M, N, K)
+    blocks = (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, "e2m1" if packed else "e4m3")
+    programs = cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
+    launch(native_matmul_kernel, a.device, programs, arguments, (*constants, *blocks), WARPS)
     return out

@@ -9,7 +9,6 @@ hold longer rows are too few to hide their latency.
 """
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -20,6 +19,7 @@ from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 from .common import INTERPRET, load_rotation, quantize_groups, rotate
 from .expand import expand
+from .launch import cdiv, launch, next_power_of_2
 
 Operand = tuple[Tensor, Tensor]
 
@@ -127,9 +127,9 @@ def quantize_columns_kernel(
         )  # fmt: skip
 
 
-def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
-    """Grid of a kernel whose programs walk over tiles: no more than fit the device at once."""
-    return (min(tiles, per_multiprocessor * _multiprocessors(device)),)
+def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> int:
+    """How many programs walk over tiles: no more than fit the device at once."""
+    return min(tiles, per_multiprocessor * _multiprocessors(device))
 
 
 @lru_cache
@@ -193,11 +193,9 @@ def quantize_forward(
     data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device) if operand == "bf16" else None
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device, x.dtype)
     quest = config.forward_method == "quest"
-    _launch_rows(
-        x, matrix, None, None, codes, scales, mask_words, data, None, FORWARD_PROGRAMS,
-        METHOD=config.statistic if quest else "abs_max", RULE=config.scale_rule if quest else None,
-        STOCHASTIC=False, ROLE=0, SIGN_ROLE=None,
-    )  # fmt: skip
+    method = (config.statistic, config.scale_rule) if quest else ("abs_max", None)
+    constants = (*method, False, 0, None)
+    _launch_rows(x, matrix, None, None, codes, scales, mask_words, data, None, FORWARD_PROGRAMS, constants)
     if operand == "fp8":
         # With the rule `floor`, tiny groups get codes of zero under a scale that is not tiny.
         return codes, scales, mask_words, *expand(codes, scales, check_codes=quest and config.scale_rule == "floor")
@@ -217,8 +215,9 @@ def _launch_rows(
     data: Tensor | None,
     row_scale: Tensor | None,
     per_multiprocessor: int,
-    **constants: Any,
+    constants: tuple[str | None, str | None, bool, int, int | None],
 ) -> None:
+    """`constants` are those of the kernel from METHOD to SIGN_ROLE."""
     rows, n_groups = x.shape[0], x.shape[1] // 32
     if rows * n_groups == 0:
         return
@@ -227,17 +226,22 @@ def _launch_rows(
     contiguous = x.is_contiguous() or row_scale is not None  # else its strides matter, which compiles another kernel
     if row_scale is None:
         per_row, row_stride = 0, 0 if contiguous else x.stride(0)
-        tile = max(min(GROUPS_PER_TILE, triton.next_power_of_2(rows * n_groups)), smallest)
-        tiles = triton.cdiv(rows * n_groups, tile)
+        tile = max(min(GROUPS_PER_TILE, next_power_of_2(rows * n_groups)), smallest)
+        tiles = cdiv(rows * n_groups, tile)
     else:
-        per_row, row_stride = triton.next_power_of_2(n_groups), x.stride(0)
+        per_row, row_stride = next_power_of_2(n_groups), x.stride(0)
         tile = GROUPS_PER_TILE
-        tiles = triton.cdiv(rows, tile // per_row)
-    quantize_rows_kernel[programs(tiles, x.device, per_multiprocessor)](
-        x, matrix, signs, seed, words(codes), scales, None if mask is None else mask.view(torch.uint8), data,
-        row_scale, rows, n_groups, inverse_root(max(width, 1)), row_stride, CONTIGUOUS=contiguous, G=width, R=tile,
-        PER_ROW=per_row, STAGES=STAGES, num_warps=NUM_WARPS, **constants,
-    )  # fmt: skip
+        tiles = cdiv(rows, tile // per_row)
+    mask_bytes = None if mask is None else mask.view(torch.uint8)
+    launch(
+        quantize_rows_kernel,
+        x.device,
+        programs(tiles, x.device, per_multiprocessor),
+        (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
+        + (rows, n_groups, inverse_root(max(width, 1)), row_stride),
+        (contiguous, width, *constants, tile, per_row, STAGES),
+        NUM_WARPS,
+    )
 
 
 def quantize_backward(
@@ -262,26 +266,29 @@ def quantize_backward(
     stochastic = rounding == "stochastic"
     matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device, x.dtype)
     sign_role = sign_role if signs is None else None
-    constants: dict[str, Any] = {"STOCHASTIC": stochastic, "ROLE": role if stochastic else 0, "SIGN_ROLE": sign_role}
+    rounding_constants = (stochastic, role if stochastic else 0, sign_role)
     if not transpose:
-        constants |= {"METHOD": "abs_max", "RULE": None}
+        constants = ("abs_max", None, *rounding_constants)
         if operand == "fp8" and 0 < columns <= 32 * GROUPS_PER_TILE:  # a program holds whole rows: no codes are needed
             fp8 = torch.empty(rows, columns, dtype=torch.float8_e5m2, device=x.device)
             row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
             _launch_rows(
                 x, matrix, signs, seed, None, None, None, fp8.view(torch.int32), row_scale, PROGRAMS[rounding],
-                **constants,
+                constants,
             )  # fmt: skip
             return fp8, row_scale
         codes, scales, data = empty_operand(rows, columns, operand, x.device)
-        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, None, PROGRAMS[rounding], **constants)
+        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, None, PROGRAMS[rounding], constants)
         return finish_operand(codes, scales, data, operand)
-    codes, scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, x.device)
+    codes, scales, data = empty_operand(columns, cdiv(rows, 32) * 32, operand, x.device)
     if x.numel() > 0:
-        tiles = triton.cdiv(rows, TOKENS_PER_TILE) * triton.cdiv(columns, FEATURES_PER_TILE)
-        quantize_columns_kernel[programs(tiles, x.device, TRANSPOSED_PROGRAMS)](
-            x, matrix, signs, seed, words(codes), scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
-            x.stride(0), TOKENS=TOKENS_PER_TILE, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES,
-            num_warps=NUM_WARPS, **constants,
-        )  # fmt: skip
+        launch(
+            quantize_columns_kernel,
+            x.device,
+            programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), x.device, TRANSPOSED_PROGRAMS),
+            (x, matrix, signs, seed, words(codes), scales, data)
+            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), x.stride(0)),
+            (*rounding_constants, TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
+            NUM_WARPS,
+        )
     return finish_operand(codes, scales, data, operand)

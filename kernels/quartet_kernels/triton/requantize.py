@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 from .common import PORTABLE, load_rotation, to_bfloat16
+from .launch import cdiv, launch
 from .quantize import (
     FEATURES_PER_TILE,
     NUM_WARPS,
@@ -91,15 +92,18 @@ def requantize(
     """The operand of the transposed tensor, [K, M] grouped along M (padded with zeros to a multiple of 32), from codes
     uint8 [M, K/2] and scales uint8 [M, K/32]; signs, rounding and operand as in :func:`.quantize.quantize_backward`."""
     rows, columns = codes.shape[0], codes.shape[1] * 2
-    new_codes, new_scales, data = empty_operand(columns, triton.cdiv(rows, 32) * 32, operand, codes.device)
+    new_codes, new_scales, data = empty_operand(columns, cdiv(rows, 32) * 32, operand, codes.device)
     stochastic = rounding == "stochastic"
     if codes.numel() > 0:
-        tiles = triton.cdiv(rows, TOKENS_PER_TILE) * triton.cdiv(columns, FEATURES_PER_TILE)
-        requantize_kernel[programs(tiles, codes.device, TRANSPOSED_PROGRAMS)](
-            codes.contiguous(), scales.contiguous(),
-            rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, codes.device, torch.bfloat16), signs, seed,
-            words(new_codes), new_scales, data, rows, columns, inverse_root(BACKWARD_GROUP_SIZE),
-            STOCHASTIC=stochastic, ROLE=role if stochastic else 0, SIGN_ROLE=sign_role if signs is None else None,
-            TOKENS=TOKENS_PER_TILE, FEATURES=FEATURES_PER_TILE, STAGES=TRANSPOSED_STAGES, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, codes.device, torch.bfloat16)
+        launch(
+            requantize_kernel,
+            codes.device,
+            programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), codes.device, TRANSPOSED_PROGRAMS),
+            (codes.contiguous(), scales.contiguous(), matrix, signs, seed, words(new_codes), new_scales, data)
+            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE)),
+            (stochastic, role if stochastic else 0, sign_role if signs is None else None)
+            + (TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
+            NUM_WARPS,
+        )
     return finish_operand(new_codes, new_scales, data, operand)
