@@ -198,12 +198,6 @@ def signed_rounding(u):
     return out
 
 
-LOWEST_WIDER_SHIFT = tl.constexpr(8388914.0)
-"""rounding_shift(2) = 2^23 + 306 steps of 1; less would be a step that the wider grid does not have."""
-HIGHEST_SHIFT = tl.constexpr(16777832.0)
-"""rounding_shift(4) = 2^24 + 308 steps of 2; more would be a step that the grid does not have."""
-
-
 @triton.jit
 def values_of(indices):
     """{0, .5, 1, 1.5, 2, 3, 4, 6} of indices 0..7: as leading bits they are 2^-126 times that, .5 a subnormal."""
@@ -329,16 +323,48 @@ def group_factor(byte, top):
 
 
 @triton.jit
-def is_below(magnitude, limit):
-    """1.0 where magnitude < limit, else 0.0, also for NaN; limits 6 and 12, whose neighbours are 2^-22 away or more."""
+def saturated(x, factor: tl.constexpr, offset: tl.constexpr):
+    """x * factor + offset, at least 0 and, on a GPU, at most 1; factor is plus or minus a power of two."""
     if PORTABLE:
-        out = tl.where(magnitude < limit, 1.0, 0.0)
-    else:  # floating-point arithmetic has twice the rate of logic
+        out = tl.maximum(x * factor + offset, 0.0)
+    else:  # floating-point arithmetic has twice the rate of comparisons
+        factors = tl.full(x.shape, factor, tl.float32)
+        offsets = tl.full(x.shape, offset, tl.float32)
         out = tl.inline_asm_elementwise(
-            "fma.rn.sat.f32 $0, $1, 0fCB800000, $2;",
-            "=f,f,f", [magnitude, limit * 16777216.0], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factors, offsets], dtype=tl.float32, is_pure=True, pack=1
+        )
     return out
+
+
+@triton.jit
+def is_below_six(magnitude):
+    """1.0 where magnitude < 6, else 0.0, also for NaN; the neighbours of 6 are 2^-22 away or more."""
+    if PORTABLE:
+        out = tl.where(magnitude < 6.0, 1.0, 0.0)
+    else:
+        out = saturated(magnitude, -16777216.0, 100663296.0)
+    return out
+
+
+@triton.jit
+def wider_is_better(u):
+    """Whether twice the scale has the smaller squared error, for groups of u >= 0 [R, 4, 8] in units of the scale.
+
+    The two errors of an element differ by |u - wide|^2 - |u - narrow|^2, which is
+        1/4 - d for u at a distance d <= 1/4 from 1/2 or 3/2, which only the narrower grid has, and
+        -4 (u - 7) from 7 on, and 8 (u - 10) less from 10 on, where the wider grid has 8 and 12 instead of 6,
+    and 0 between: rounding to both grids takes twice the operations.
+    """
+    distance = tl.abs(tl.abs(u - 1.0) - 0.5)
+    if PORTABLE:
+        steps = tl.maximum(0.25 - distance, 0.0)
+    else:  # a sum takes a magnitude for nothing, a product does not
+        steps = tl.inline_asm_elementwise(
+            "sub.rn.sat.f32 $0, 0f3E800000, $1;", "=f,f", [distance], dtype=tl.float32, is_pure=True, pack=1
+        )
+    # In units of 2^30, so that only what decides in any case saturates.
+    beyond = saturated(u, 2.0**-30, -7 * 2.0**-30) + 2.0 * saturated(u, 2.0**-30, -10 * 2.0**-30)
+    return group_sum(steps - beyond * 2.0**32) < 0
 
 
 @triton.jit
@@ -388,8 +414,8 @@ def quantize_groups(
     [groups, 4], data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is
     rounded).
 
-    With `row_scale_ptr`, METHOD is "abs_max", data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS
-    whole rows of the operand from `first_row` on, padded with zeros.
+    With `row_scale_ptr`, data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS whole rows of the
+    operand from `first_row` on, padded with zeros.
     """
     largest = largest_bits(v)
     zero = largest == 0
@@ -403,7 +429,6 @@ def quantize_groups(
         u = v * per_element(power_of_two(-exponent))
     magnitude = tl.abs(u)
 
-    limit = tl.full((1, 1, 1), 6.0, tl.float32)
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
         values = values_of(rounded)
@@ -419,21 +444,13 @@ def quantize_groups(
             rounded = clipped + shift
         values = rounded - shift
     else:
-        # Both candidates in units of the narrower grid, so that their errors are. The wider grid is the same from 2 to
-        # 6, has no steps of a half below and goes on to 12.
-        shift = rounding_shift(tl.minimum(magnitude, 12.0))
-        narrow_shift = tl.minimum(shift, HIGHEST_SHIFT)
-        wide_shift = tl.maximum(shift, LOWEST_WIDER_SHIFT)
-        narrow = tl.minimum(magnitude, 6.0) + narrow_shift
-        wide = tl.minimum(magnitude, 12.0) + wide_shift
-        narrow_values = narrow - narrow_shift
-        wide_values = wide - wide_shift
-        # (u - wide)^2 - (u - narrow)^2, without the rounding of two sums
-        gain = (narrow_values - wide_values) * (2.0 * magnitude - (narrow_values + wide_values))
-        widen = (group_sum(gain) < 0) & wider_fits
-        rounded = tl.where(per_element(widen), wide, narrow)
-        values = tl.where(per_element(widen), wide_values, narrow_values)
-        limit = per_element(tl.where(widen, 12.0, 6.0))
+        widen = wider_is_better(magnitude) & wider_fits
+        exponent += widen.to(tl.int32)
+        magnitude *= per_element(tl.where(widen, 0.5, 1.0))
+        clipped = tl.minimum(magnitude, 6.0)
+        shift = rounding_shift(clipped)
+        rounded = clipped + shift
+        values = rounded - shift
 
     if STOCHASTIC or codes_ptr is not None:
         values = signed(values, v.to(tl.uint32, bitcast=True))
@@ -441,35 +458,36 @@ def quantize_groups(
     if codes_ptr is not None:
         words = pack_words(rounded.to(tl.uint32, bitcast=True), v.to(tl.uint32, bitcast=True))
         words = words.to(tl.int32, bitcast=True)
-        if METHOD != "abs_max" and RULE == "mse":
-            # The same number has an index lower by 2 in the wider grid: subtract in each digit, modulo 8.
-            lower = tl.where(widen, 0x22222222, 0)[:, None]
-            words = (((words | -0x77777778) - lower) & 0x77777777) | (words & -0x77777778)
         words = tl.where((finite & ~zero)[:, None], words, 0)
         words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(codes_ptr + words_at, words, mask=inside[:, None])
     byte = exponent + 127
-    if METHOD != "abs_max" and RULE == "mse":
-        byte += widen.to(tl.int32)
     byte = tl.where(finite, tl.where(zero, 0, byte), 255)
     if scales_ptr is not None:
         tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
     if mask_ptr is not None:
         weights = ((127 + tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)[None, None, :]
-        keep = tl.sum(is_below(magnitude, limit) * weights, axis=2)
+        keep = tl.sum(is_below_six(magnitude) * weights, axis=2)
         keep = (keep + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
         keep = tl.where(finite[:, None], keep, 0xFF).to(tl.uint8)
         tl.store(mask_ptr + (groups[:, None] * 4 + tl.arange(0, 4)[None, :]), keep, mask=inside[:, None])
     if row_scale_ptr is not None:
         R: tl.constexpr = v.shape[0]
-        largest_key = tl.max(row_key(byte, byte != 0).reshape(ROWS, R // ROWS), axis=1)
+        used = byte != 0
+        if METHOD != "abs_max" and RULE == "floor":  # gives tiny groups codes of zero under a scale that is not tiny
+            used = tl.max(tl.max(tl.abs(values), axis=2), axis=1) != 0
+        largest_key = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
         row = first_row + tl.arange(0, ROWS)
         tl.store(row_scale_ptr + row, row_scale_of(largest_key), mask=row < n_rows)
         top = tl.broadcast_to(row_top(largest_key)[:, None], (ROWS, R // ROWS)).reshape(R)
-        even, odd = tl.split((values * per_element(group_factor(byte, top))).reshape(R, 4, 2, 2, 2))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        data = tl.where(per_element(finite), fp8_word(first, second, third, fourth), 0)
+        factor = group_factor(byte, top)
+        if codes_ptr is not None:
+            data = fp8_words(words.to(tl.uint32, bitcast=True), factor[:, None])
+        else:
+            even, odd = tl.split((values * per_element(factor)).reshape(R, 4, 2, 2, 2))
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            data = tl.where(per_element(finite), fp8_word(first, second, third, fourth), 0)
         data_at = (groups * 8)[:, None, None] + (tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :])[None, :, :]
         tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, None, None])
     elif data_ptr is not None:

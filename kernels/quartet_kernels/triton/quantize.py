@@ -3,9 +3,8 @@
     forward:  v = x H g^-1/2,      quantised as the configuration says, grouped along x's rows
     backward: v = (x D) H 32^-1/2, abs-max scale, along x's rows or, without a transposed copy, along its columns
 
-Where the GEMM reads FP8, a second launch expands the codes relative to the largest exponent of each row, which is only
-known when the whole row is quantised. Gradients whose rows fit into one tile are written as FP8 at once: programs that
-hold longer rows are too few to hide their latency.
+Where the GEMM reads FP8, numbers are relative to the largest exponent of their row, which is only known when the whole
+row is quantised: programs that hold whole rows write FP8 at once; for longer rows, a second launch expands the codes.
 """
 
 from functools import lru_cache
@@ -24,6 +23,8 @@ from .launch import cdiv, launch, next_power_of_2
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
+WHOLE_ROW_GROUPS = 256
+"""Rows up to this long are held by one program, of twice the warps where they do not fit a tile."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
@@ -163,6 +164,18 @@ def empty_operand(
     return *empty_codes(rows, columns, device), None
 
 
+def holds_rows(columns: int) -> bool:
+    """Whether programs hold whole rows, and so know their scales, without much of a tile lying idle."""
+    groups = columns // 32
+    return 0 < groups <= WHOLE_ROW_GROUPS and 8 * groups >= 7 * next_power_of_2(groups)
+
+
+def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uninitialised FP8 data as int32 [rows, columns / 4], four to a word, and row scales float32 [rows]."""
+    data = torch.empty(rows, columns // 4, dtype=torch.int32, device=device)
+    return data, torch.empty(rows, dtype=torch.float32, device=device)
+
+
 def finish_operand(codes: Tensor | None, scales: Tensor | None, data: Tensor | None, operand: str) -> Operand:
     """The (data, scale) pair that a GEMM reads, from what a quantiser wrote."""
     if data is not None:
@@ -190,12 +203,20 @@ def quantize_forward(
     x = _rows(x)
     codes, scales = empty_codes(rows, columns, x.device)
     mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
-    data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device) if operand == "bf16" else None
+    data = row_scale = None
+    whole = operand == "fp8" and holds_rows(columns)
+    if operand == "bf16":
+        data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
+    elif whole:
+        data, row_scale = empty_fp8(rows, columns, x.device)
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device, x.dtype)
     quest = config.forward_method == "quest"
     method = (config.statistic, config.scale_rule) if quest else ("abs_max", None)
     constants = (*method, False, 0, None)
-    _launch_rows(x, matrix, None, None, codes, scales, mask_words, data, None, FORWARD_PROGRAMS, constants)
+    _launch_rows(x, matrix, None, None, codes, scales, mask_words, data, row_scale, FORWARD_PROGRAMS, constants)
+    if whole:
+        assert data is not None
+        return codes, scales, mask_words, data.view(torch.float8_e5m2), row_scale
     if operand == "fp8":
         # With the rule `floor`, tiny groups get codes of zero under a scale that is not tiny.
         return codes, scales, mask_words, *expand(codes, scales, check_codes=quest and config.scale_rule == "floor")
@@ -230,7 +251,7 @@ def _launch_rows(
         tiles = cdiv(rows * n_groups, tile)
     else:
         per_row, row_stride = next_power_of_2(n_groups), x.stride(0)
-        tile = GROUPS_PER_TILE
+        tile = max(GROUPS_PER_TILE, per_row, smallest)
         tiles = cdiv(rows, tile // per_row)
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     launch(
@@ -240,7 +261,7 @@ def _launch_rows(
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
         + (rows, n_groups, inverse_root(max(width, 1)), row_stride),
         (contiguous, width, *constants, tile, per_row, STAGES),
-        NUM_WARPS,
+        NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // 32),
     )
 
 
@@ -269,14 +290,10 @@ def quantize_backward(
     rounding_constants = (stochastic, role if stochastic else 0, sign_role)
     if not transpose:
         constants = ("abs_max", None, *rounding_constants)
-        if operand == "fp8" and 0 < columns <= 32 * GROUPS_PER_TILE:  # a program holds whole rows: no codes are needed
-            fp8 = torch.empty(rows, columns, dtype=torch.float8_e5m2, device=x.device)
-            row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-            _launch_rows(
-                x, matrix, signs, seed, None, None, None, fp8.view(torch.int32), row_scale, PROGRAMS[rounding],
-                constants,
-            )  # fmt: skip
-            return fp8, row_scale
+        if operand == "fp8" and holds_rows(columns):  # no codes are needed
+            fp8, row_scale = empty_fp8(rows, columns, x.device)
+            _launch_rows(x, matrix, signs, seed, None, None, None, fp8, row_scale, PROGRAMS[rounding], constants)
+            return fp8.view(torch.float8_e5m2), row_scale
         codes, scales, data = empty_operand(rows, columns, operand, x.device)
         _launch_rows(x, matrix, signs, seed, codes, scales, None, data, None, PROGRAMS[rounding], constants)
         return finish_operand(codes, scales, data, operand)
