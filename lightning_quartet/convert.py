@@ -11,7 +11,7 @@ from lightning_quartet.packed import PackedQuartetLinear, pack_layers
 from quartet_kernels import QuartetConfig
 from quartet_kernels.linear import FLOAT_DTYPES
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _LORA_ADAPTERS = ("lora_A", "lora_B")
 
 

@@ -66,8 +66,8 @@ class QuartetMonitor(Callback):
     uncompiled: compiled code does not call the hooks.
 
     Not measured: inputs and gradients of layers in a high-precision phase, weights that are packed (their exact values
-    are gone), alignment where a layer's weight is packed or gathered as 4-bit codes, and anything but weights under
-    tensor parallelism.
+    are gone) or that FSDP1 made flat, alignment where a layer's weight is packed or gathered as 4-bit codes, and
+    anything but weights under tensor parallelism.
 
     Args:
         every_n_steps: Optimizer steps between measurements; step 0 is measured.
@@ -181,7 +181,7 @@ class QuartetMonitor(Callback):
                 pl_module.log(name, value, on_step=True, on_epoch=False, logger=False)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest.items()})
         step = self._last_step
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(self.latest, step=step)
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram_raw", None)
             if add_histogram is None:

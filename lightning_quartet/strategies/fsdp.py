@@ -149,6 +149,11 @@ class QuartetFSDP(ModelParallelStrategy):
                 f"{type(model).__name__} shards its layers itself; choose ModelParallelStrategy, or leave the sharding "
                 "to QuartetFSDP."
             )
+        if torch.__version__ < "2.12" and any(isinstance(module, PackedQuartetLinear) for module in model.modules()):
+            raise MisconfigurationException(
+                f"FSDP2 of torch {torch.__version__} cannot shard weights without masters (store_master_weights=False); "
+                "install torch 2.12 or newer, or choose 'ddp'."
+            )
         blocks = find_blocks(model, self.block_classes)
         _check_ties(model, blocks)
         if self.packed:

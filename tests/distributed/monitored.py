@@ -11,6 +11,7 @@ from lightning_quartet import QuartetMonitor, QuartetQAT
 def watch(world_size: int = 2, strategy: str = "ddp", kind: type[scenarios.Net] = scenarios.Net) -> dict[str, float]:
     """What the monitor measured last."""
     chosen: Any = {
+        "fsdp1": lambda: scenarios.FSDP1(auto_wrap_policy={scenarios.Block}),
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1),
         "tensor_parallel": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2),
     }.get(strategy, lambda: strategy)()

@@ -1,5 +1,7 @@
 """What the processes run, and the one process that they are compared with."""
 
+import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,15 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetQAT
+from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetMonitor, QuartetQAT
 from lightning_quartet.gathered import ShardedWeight
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -46,6 +49,7 @@ class Net(pl.LightningModule):
         lr: Its learning rate.
         meta: Whether ``configure_model`` makes the layers, on the ``meta`` device.
         outputs: Outputs, at most 8.
+        perturbed: If not zero, every parameter is changed by about 1e-7 of itself, with this seed.
     """
 
     def __init__(
@@ -58,10 +62,12 @@ class Net(pl.LightningModule):
         lr: float = 5e-3,
         meta: bool = False,
         outputs: int = 8,
+        perturbed: int = 0,
     ) -> None:
         super().__init__()
         self.hidden, self.frozen, self.checkpointing, self.compiled = hidden, frozen, checkpointing, compiled
         self.optimizer, self.lr, self.meta, self.outputs = optimizer, lr, meta, outputs
+        self.perturbed = perturbed
         self.losses: list[float] = []
         self.seeds: list[list[int]] = []
         self.blocks: nn.ModuleList | None = None
@@ -80,6 +86,10 @@ class Net(pl.LightningModule):
                 block.compile(backend="aot_eager")
         self.blocks = nn.ModuleList(blocks)
         self.lm_head = nn.Linear(32, self.outputs)
+        if self.perturbed:
+            torch.manual_seed(self.perturbed)
+            for parameter in self.parameters():
+                parameter.data *= 1 + 1e-7 * torch.randn_like(parameter)
 
     def configure_model(self) -> None:
         if self.blocks is None:
@@ -127,9 +137,25 @@ class ShardedNet(Net):
 
 def make_trainer(world_size: int, strategy: Any, epochs: int, **options: Any) -> pl.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"callbacks": [QuartetQAT(EXACT)], "max_epochs": epochs, **quiet, **options}
+    options = {"accelerator": "cpu", "callbacks": [QuartetQAT(EXACT)], "max_epochs": epochs, **quiet, **options}
     options["use_distributed_sampler"] = False
-    return pl.Trainer(accelerator="cpu", devices=world_size, strategy=strategy, **options)
+    return pl.Trainer(devices=world_size, strategy=strategy, **options)
+
+
+class FSDP1(FSDPStrategy):
+    """``"fsdp"``, which Lightning and torch refuse on CPUs before they try; it works there."""
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        from torch.distributed.fsdp import _common_utils, fully_sharded_data_parallel
+
+        def use_cpu(state: Any, *args: Any) -> Any:
+            state._device_handle = _common_utils._FSDPDeviceHandle.from_device(torch.device("cpu"))
+            return state
+
+        with pytest.MonkeyPatch.context() as patch:
+            if not torch.cuda.is_available():
+                patch.setattr(fully_sharded_data_parallel, "_init_device_handle", use_cpu)
+            super().setup(trainer)
 
 
 def batches(world_size: int, replicas: int, steps: int, global_batch: int = 4) -> DataLoader:
@@ -158,6 +184,8 @@ def train(
     chosen: Any = QuartetFSDP(**fsdp) if fsdp is not None else strategy
     if strategy == "fsdp2":
         chosen = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    if strategy == "fsdp1":
+        chosen = FSDP1(auto_wrap_policy={Block})
     replicas = world_size
     if strategy == "tensor_parallel":  # of two ranks each
         replicas = world_size // 2
@@ -171,9 +199,18 @@ def train(
         "losses": net.losses,
         "seeds": net.seeds,
         "logged": trainer.logged_metrics,
-        "weights": full(net.state_dict()),
+        "weights": summoned(trainer.strategy.model) if strategy == "fsdp1" else full(net.state_dict()),
         "strategy": type(trainer.strategy).__name__,
     }
+
+
+def summoned(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model under FSDP1."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+        }
 
 
 def full(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -222,6 +259,40 @@ def train_and_resume(folder: str, full: bool = False, strategy: str = "quartet_f
     }
 
 
+class Recorder(Logger):
+    """A logger that does not know that other ranks exist."""
+
+    name = version = "recorder"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.names += metrics
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def log_everything(strategy: str) -> dict[str, Any]:
+    """What a rank reports in a training of one step: log messages, loggers' metrics, and those that callbacks see."""
+    messages, recorder = io.StringIO(), Recorder()
+    handler = logging.StreamHandler(messages)
+    info = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    info.addHandler(handler)
+    try:
+        trainer = make_trainer(2, strategy, 1, callbacks=[QuartetQAT(), QuartetMonitor()], logger=recorder)
+        trainer.fit(Net(), batches(2, 2, 1))
+    finally:
+        info.removeHandler(handler)
+    return {
+        "messages": [line for line in messages.getvalue().splitlines() if line.startswith("Quartet")],
+        "logged": [name for name in recorder.names if name.startswith("quartet")],
+        "metrics": {name: v.item() for name, v in trainer.callback_metrics.items() if name.startswith("quartet")},
+    }
+
+
 class Tied(Net):
     """Its two blocks share a layer."""
 
@@ -237,6 +308,17 @@ def refuse(kind: type[Net] = Net, qat: dict[str, Any] | None = None, averaging: 
         options = {"swa_lrs": 0.1} if averaging == "StochasticWeightAveraging" else {}
         callbacks.append(getattr(pl.callbacks, averaging)(**options))
     make_trainer(2, QuartetFSDP(**fsdp), 1, callbacks=callbacks).fit(kind(), batches(2, 2, 1))
+
+
+class AdaptedNet(Net):
+    """With LoRA on frozen blocks."""
+
+    def build(self) -> None:
+        import peft
+
+        super().build()
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, self)
 
 
 class ParallelNet(Net):

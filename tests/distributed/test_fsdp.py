@@ -105,6 +105,38 @@ def test_combinations_give_the_weights_of_one_process(ranks, combination):
         assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
 
 
+@pytest.mark.parametrize("masters", [True, False])
+def test_adapters_train_like_in_one_process(ranks, masters):
+    if not masters and torch.__version__ < "2.12":
+        pytest.skip("refused by the test below")
+    config = QuartetConfig(store_master_weights=masters, randomize_backward=False)
+    options = {"config": config, "kind": scenarios.AdaptedNet, "model": {"lr": 0.1}, "steps": 4}
+    results, expected = ranks(scenarios.train, fsdp={}, **options), scenarios.train(world_size=1, **options)
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    before = scenarios.AdaptedNet().state_dict()
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name].double() - weight.double()).norm() <= 1e-5 * weight.double().norm(), name
+        if name in before:  # not codes
+            assert torch.equal(weight, before[name]) == ("lora" not in name), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_layers_without_masters_are_gathered_as_they_are(ranks, precision):
+    options = {"config": QuartetConfig(store_master_weights=False), "steps": 3, "precision": precision}
+    if torch.__version__ < "2.12":
+        with pytest.raises(Failure, match="install torch 2.12 or newer"):
+            ranks(scenarios.train, fsdp={}, **options)
+        return
+    results = ranks(scenarios.train, fsdp={}, **options)
+    expected = ranks(scenarios.train, strategy="ddp", **options)
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses(expected)
+    torch.testing.assert_close(losses, reference, rtol=1e-6 if precision == "32-true" else 1e-2, atol=0)
+    for name, weight in expected[0]["weights"].items():
+        if name.endswith(("codes", "scales")):
+            assert torch.equal(results[0]["weights"][name], weight), name
+
+
 REFUSALS = {
     "average": ({"averaging": "EMAWeightAveraging"}, "sharded modules cannot be copied"),
     "stochastic average": ({"averaging": "StochasticWeightAveraging"}, "sharded modules cannot be copied"),
