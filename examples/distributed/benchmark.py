@@ -4,19 +4,21 @@
 
 Prints one line of JSON, from rank 0. Modes: ``ddp``, ``fsdp1`` and ``fsdp2``, each with bfloat16 linear layers
 (``-bf16``) or Quartet's (``-quartet``); ``quartet-fsdp`` gathers 4-bit weights. ``fsdp2-*`` and ``quartet-fsdp`` differ
-in nothing else: the same blocks, bfloat16 for what is not packed, sums in float32. With one process, ``ddp-*`` runs
-without any strategy: the time that ratios on one GPU are taken from.
+in nothing else: the same blocks, bfloat16 for what is not packed, sums in float32. ``fsdp1`` is Lightning's, which
+gathers float32 under ``bf16-mixed`` and sums in bfloat16. With one process, ``ddp-*`` runs without any strategy: the
+time that ratios on one GPU are taken from. Activations between the blocks are bfloat16 in all modes.
 """
 
 import argparse
 import json
 import math
 import os
-import statistics
+import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -30,9 +32,11 @@ from lightning_quartet import QuartetFSDP, QuartetQAT
 MODES = ("ddp-bf16", "ddp-quartet", "fsdp1-bf16", "fsdp1-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp")
 COLLECTIVES = {
     "c10d::_allgather_base_": "gathered",
+    "c10d::allgather_": "gathered",  # by FSDP1 on CPUs
     "c10d::_reduce_scatter_base_": "reduce_scattered",
     "c10d::allreduce_": "all_reduced",
 }
+NCCL_SIZES = {"Byte": 1, "BFloat16": 2, "Half": 2, "Float": 4, "Double": 8, "Long": 8}
 SIZES = {"unsigned char": 1, "c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "long int": 8}
 
 
@@ -71,24 +75,27 @@ class Model(pl.LightningModule):
         super().__init__()
         self.options, self.meta = options, meta
         self.blocks: nn.ModuleList | None = None
-        self.last_loss = 0.0
+        self.last_loss = torch.zeros(())
+        self.count = 0
 
     def configure_model(self) -> None:
         if self.blocks is not None:
             return
         o = self.options
-        with torch.device("meta" if self.meta else "cpu"):
+        with torch.device("meta") if self.meta else self.trainer.strategy.root_device:
             self.embedding = nn.Embedding(o.vocabulary, o.dim)
             self.blocks = nn.ModuleList(Block(o.dim, o.hidden, o.heads, o.kv_heads) for _ in range(o.layers))
             self.norm = nn.RMSNorm(o.dim)
             self.lm_head = nn.Linear(o.dim, o.vocabulary, bias=False)
+        self.count = sum(parameter.numel() for parameter in self.parameters())
         if not o.no_compile:
             for block in self.blocks:
                 block.compile()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        frequencies = 500000 ** (-torch.arange(0, self.options.dim // self.options.heads, 2, device=x.device) / 128)
+        x = self.embedding(tokens).bfloat16()
+        head = self.options.dim // self.options.heads
+        frequencies = 500000 ** (-torch.arange(0, head, 2, device=x.device) / head)
         angles = torch.arange(tokens.shape[1], device=x.device)[:, None] * frequencies
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.blocks:
@@ -102,53 +109,153 @@ class Model(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 1e-4, fused=self.device.type == "cuda")
+        return torch.optim.AdamW(self.parameters(), 1e-4, fused=True)
 
 
 class Measure(pl.Callback):
-    """Times whole steps; then profiles one."""
+    """Times whole steps, from the end of one to the end of the next; then profiles one, prints and saves."""
 
-    def __init__(self, warm_up: int, steps: int) -> None:
-        self.warm_up, self.steps = warm_up, steps
-        self.times: list[float] = []
-        self.traffic: dict[str, int] = {}
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.ends: list[Any] = []
         self.profiler: torch.profiler.profile | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.warm_up + self.steps:
+        if trainer.global_step == self.options.warm_up + self.options.steps:
+            synchronize()
             self.profiler = torch.profiler.profile(record_shapes=True)
             self.profiler.__enter__()
-        self.start = _now()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.times.append(_now() - self.start)
-        if self.profiler is not None:
+        if self.profiler is None:
+            self.ends.append(now())
+        else:
+            synchronize()
             self.profiler.__exit__(None, None, None)
-            self.traffic = _traffic(self.profiler)
+
+    def on_train_end(self, trainer: pl.Trainer, model: Any) -> NoReturn:
+        # Steps are not waited for one by one, so that the host can run ahead of the GPU as in any training.
+        ends = self.ends[-self.options.steps - 1 :]
+        times = [seconds(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        if trainer.is_global_zero:
+            assert self.profiler is not None
+            print(json.dumps(self.result(trainer, model, times, events_of(self.profiler))), flush=True)
+        if self.options.checkpoint:
+            start = time.perf_counter()
+            trainer.save_checkpoint(self.options.checkpoint)
+            if trainer.is_global_zero:
+                files = [path for path in Path(self.options.checkpoint).rglob("*") if path.is_file()]
+                saved = {
+                    "mode": self.options.mode,
+                    "saved_s": round(time.perf_counter() - start, 2),
+                    "saved_bytes": sum(path.stat().st_size for path in files),
+                    "host_peak_gib_rank_0": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                }
+                print(json.dumps(saved), flush=True)
+        trainer.strategy.barrier()
+        os._exit(0)  # else Lightning copies weights and optimizer states to the host's memory
+
+    def result(
+        self, trainer: pl.Trainer, model: Model, times: list[float], events: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        cuda, tokens, step = torch.cuda.is_available(), self.options.batch * self.options.sequence, median(times)
+        traffic = traffic_of(events)
+        return {
+            "mode": self.options.mode,
+            "gpus": trainer.world_size,
+            "gpu": torch.cuda.get_device_name() if cuda else "none",
+            "layers": self.options.layers,
+            "parameters": model.count,
+            "tokens_per_gpu": tokens,
+            "step_s": round(step, 5),
+            "fastest_and_slowest_s": [round(min(times), 5), round(max(times), 5)],
+            "tokens_per_s_per_gpu": round(tokens / step, 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+            "bytes_per_step": traffic,
+            "wire_bytes_per_step": round(on_the_wire(traffic, trainer.world_size)),
+            "nccl_bytes_per_step": nccl_traffic(events),
+            "profiled_step": kernel_times(events),
+            "loss": round(float(model.last_loss), 4),
+        }
 
 
-def _now() -> float:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
 
 
-def _traffic(profiler: torch.profiler.profile) -> dict[str, int]:
-    """Bytes of one step's collectives on a rank: what gathers give, and what sums take."""
+def now() -> Any:
+    """A point in the GPU's time, or in the host's where there is none."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start: Any, end: Any) -> float:
+    if not torch.cuda.is_available():
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def events_of(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def traffic_of(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes of one step's collectives on a rank, from the tensors that torch was given: what gathers give, and what
+    sums take."""
     total: dict[str, int] = {}
     for event in events:
         kind = COLLECTIVES.get(event.get("name", ""))
         if kind is None or event.get("cat") != "cpu_op":
             continue
         shapes, types = event["args"]["Input Dims"], event["args"]["Input type"]
-        # An all-reduce has a list of tensors, whose type the profiler does not tell; gradients are float32 here.
+        # The profiler does not tell the type of tensors in a list; those here are float32.
         tensors = [(shape, SIZES.get(name, 4)) for shape, name in zip(shapes, types, strict=True)]
         total[kind] = total.get(kind, 0) + max(_elements(shape) * size for shape, size in tensors)
     return total
+
+
+def on_the_wire(traffic: dict[str, int], gpus: int) -> float:
+    """What a ring moves into one GPU: (n - 1) / n of a gather or scattered sum, twice that of an all-reduce."""
+    return (sum(traffic.values()) + traffic.get("all_reduced", 0)) * (gpus - 1) / gpus
+
+
+def nccl_traffic(events: list[dict[str, Any]]) -> dict[str, int]:
+    """The same bytes by another way: the message sizes that NCCL's own kernels carry in the trace."""
+    total: dict[str, int] = {}
+    for event in events:
+        args = event.get("args", {})
+        if event.get("cat") == "kernel" and "Collective name" in args:
+            elements = max(args.get("In msg nelems", 0), args.get("Out msg nelems", 0))
+            name = args["Collective name"]
+            total[name] = total.get(name, 0) + elements * NCCL_SIZES.get(args.get("dtype"), 0)
+    return total
+
+
+def kernel_times(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of NCCL's kernels, of all others, and of NCCL's while no other ran: of the step that was profiled."""
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in kernels:
+        spans["nccl" in event["name"].lower()].append((event["ts"], event["ts"] + event["dur"]))
+    nccl, others, both = covered(spans[True]), covered(spans[False]), covered(spans[True] + spans[False])
+    return {"nccl_s": round(nccl, 5), "others_s": round(others, 5), "nccl_alone_s": round(both - others, 5)}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds in which at least one of the spans, in microseconds, runs."""
+    total, last = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return total / 1e6
 
 
 def _elements(shape: list[Any]) -> int:
@@ -168,25 +275,24 @@ def strategy(mode: str, devices: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=MODES, required=True)
-    parser.add_argument("--layers", type=int, default=8, help="32 make a model of 8 billion parameters")
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--sequence", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=2, help="sequences on each GPU")
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--checkpoint", help="save one here at the end")
+    parser.add_argument("--checkpoint", help="save one to this folder at the end")
     parser.add_argument("--cpu", action="store_true", help="to try this script")
     options = parser.parse_args()
 
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_float32_matmul_precision("high")
-    measure = Measure(options.warm_up, options.steps)
-    callbacks: list[pl.Callback] = [measure]
+    callbacks: list[pl.Callback] = [Measure(options)]
     if "quartet" in options.mode:
         callbacks.append(QuartetQAT())
     trainer = pl.Trainer(
@@ -207,31 +313,6 @@ def main() -> None:
     count = trainer.max_steps * options.batch * devices
     data = torch.randint(options.vocabulary, (count, options.sequence + 1))
     trainer.fit(model, DataLoader(data, batch_size=options.batch))
-
-    timed = measure.times[options.warm_up : -1]
-    seconds = statistics.median(timed)
-    saving = None
-    if options.checkpoint:
-        start = _now()
-        trainer.save_checkpoint(options.checkpoint)
-        saving = _now() - start
-    if trainer.is_global_zero:
-        cuda = torch.cuda.is_available()
-        result = {
-            "mode": options.mode,
-            "gpus": devices,
-            "gpu": torch.cuda.get_device_name() if cuda else "none",
-            "layers": options.layers,
-            "tokens_per_gpu": options.batch * options.sequence,
-            "step_s": round(seconds, 5),
-            "fastest_and_slowest_s": [round(min(timed), 5), round(max(timed), 5)],
-            "tokens_per_s_per_gpu": round(options.batch * options.sequence / seconds, 1),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
-            "bytes_per_step": measure.traffic,
-            "loss": round(float(model.last_loss), 4),
-            "save_s": saving,
-        }
-        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -151,22 +151,23 @@ class QuartetFSDP(ModelParallelStrategy):
             )
         if torch.__version__ < "2.12" and any(isinstance(module, PackedQuartetLinear) for module in model.modules()):
             raise MisconfigurationException(
-                f"FSDP2 of torch {torch.__version__} cannot shard weights without masters (store_master_weights=False); "
-                "install torch 2.12 or newer, or choose 'ddp'."
+                f"FSDP2 of torch {torch.__version__} cannot shard packed weights (store_master_weights=False); install "
+                "torch 2.12 or newer, or choose 'ddp'."
             )
         blocks = find_blocks(model, self.block_classes)
         _check_ties(model, blocks)
-        if self.packed:
-            _pack_when_gathered(model)
+        sole = _sole_owners(model) if self.packed else []
 
         param_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         mesh = self.device_mesh["data_parallel"]
         policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype)
         for block in blocks:
+            _pack_when_gathered(block, sole, self.root_device)
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
         # The root sees whole batches, whose floats (targets, say) are not ours to cast.
         policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype, cast_forward_inputs=False)
         root = _Root(model)
+        _pack_when_gathered(root, sole, self.root_device)
         fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         for name in _ENTRIES:
             if is_overridden(name, self.lightning_module):
@@ -284,19 +285,38 @@ def _check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
                 )
 
 
-def _pack_when_gathered(model: nn.Module) -> None:
-    """Make the weights that one QuartetLinear layer owns alone into ones that are gathered packed."""
+def _sole_owners(model: nn.Module) -> list[QuartetLinear]:
+    """The QuartetLinear layers with a weight that no other module has."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
-    for layer in model.modules():
-        if isinstance(layer, QuartetLinear) and not isinstance(layer, PackedQuartetLinear):
-            weight = layer.weight
-            assert isinstance(weight, nn.Parameter)  # for the type checker
-            if owners[weight] == 1:
-                shard = ShardedWeight(weight.detach(), layer.out_features, layer.quartet_config)
-                layer.weight = nn.Parameter(shard, weight.requires_grad)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, QuartetLinear)
+        and not isinstance(module, PackedQuartetLinear)
+        and all(
+            owners[parameter] == 1 for name, parameter in module.named_parameters(recurse=False) if name == "weight"
+        )
+    ]
+
+
+def _pack_when_gathered(block: nn.Module, sole: Sequence[QuartetLinear], device: torch.device) -> None:
+    """Make the weights of these layers, where the block has them, ones that are gathered packed.
+
+    They move to the device here: FSDP2 would do it next by assigning ``data``, which leaves the tensor inside behind.
+    """
+    inside = set(block.modules())
+    for layer in sole:
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)  # for the type checker
+        if layer in inside and not isinstance(weight, ShardedWeight) and not _is_sharded(layer):
+            data = weight.detach()
+            if data.device.type != "meta":
+                data = data.to(device)
+            shard = ShardedWeight(data, layer.out_features, layer.quartet_config)
+            layer.weight = nn.Parameter(shard, weight.requires_grad)
 
 
 def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:

@@ -119,6 +119,11 @@ class Net(pl.LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self(batch)
 
+    def on_train_end(self) -> None:
+        # Lightning takes the shards off the GPUs next, where they cannot be gathered.
+        model = self.trainer.strategy.model
+        self.weights = summoned(model) if isinstance(model, FullyShardedDataParallel) else full(self.state_dict())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return getattr(torch.optim, self.optimizer)(parameters, lr=self.lr)
@@ -199,7 +204,7 @@ def train(
         "losses": net.losses,
         "seeds": net.seeds,
         "logged": trainer.logged_metrics,
-        "weights": summoned(trainer.strategy.model) if strategy == "fsdp1" else full(net.state_dict()),
+        "weights": net.weights,
         "strategy": type(trainer.strategy).__name__,
     }
 
@@ -208,7 +213,7 @@ def summoned(model: nn.Module) -> dict[str, Tensor]:
     """All weights of a model under FSDP1."""
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         return {
-            name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
+            name.replace("_fsdp_wrapped_module.", ""): parameter.detach().cpu().clone()
             for name, parameter in model.named_parameters()
         }
 
@@ -216,7 +221,7 @@ def summoned(model: nn.Module) -> dict[str, Tensor]:
 def full(state: dict[str, Any]) -> dict[str, Tensor]:
     """Plain tensors, gathered from all ranks."""
     return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().cpu().clone()
         for name, value in state.items()
     }
 

@@ -42,6 +42,39 @@ def test_the_configuration_trains_and_saves(ranks, tmp_path):
     assert {path.name for path in folders[0].iterdir()} >= {".metadata", "meta.pt"}
 
 
+def expectations(*arguments):
+    script = ROOT / "examples" / "distributed" / "expect.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_page_says_what_the_script_computes(tmp_path):
+    page = ROOT / "examples" / "distributed" / "README.md"
+    measured = [path for path in [page.with_name("measured.jsonl")] if path.exists()]
+    copy = tmp_path / "README.md"
+    copy.write_text(page.read_text())
+    expectations(*measured, "--write", copy)
+    assert copy.read_text() == page.read_text()
+
+
+def test_expectations_from_measured_steps(tmp_path):
+    def line(mode, layers, others, **values):
+        profile = {"nccl_s": 0.1, "others_s": others, "nccl_alone_s": 0.0}
+        return json.dumps(
+            {"mode": mode, "layers": layers, "gpus": 2, "profiled_step": profile, "step_s": 0.5, **values}
+        )
+
+    big = {"gpu": "X", "tokens_per_gpu": 8192, "wire_bytes_per_step": 22.5e9, "peak_gib": 93.1322}
+    lines = [line("fsdp2-bf16", 8, 0.4), line("quartet-fsdp", 8, 0.3), line("quartet-fsdp", 32, 1.2, **big)]
+    (tmp_path / "measured.jsonl").write_text("\n".join([*lines, '{"mode": "quartet-fsdp", "saved_s": 3.0}']))
+    text = expectations(tmp_path / "measured.jsonl")
+    assert "moved its bytes at 50% of NVLink's nominal speed" in text
+    # 62.1 and 41.6 GB: 7/8 of them at 225 GB/s, and 63/64 at 25 GB/s.
+    assert "| FSDP2, bfloat16 gathers, float32 sums | 1.60 to 1.84 |" in text
+    packed = next(row for row in text.splitlines() if row.startswith("| `quartet_fsdp`, float32 sums | 1.20 to 1.36 |"))
+    assert "| 1.64 to 2.84 |" in packed
+    assert "52 GB on 8, 38 GB on 64, 36 GB on 512" in text  # 100 - 64.2 + 128.5 / n
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp"])
 def test_the_benchmark_counts_bytes(mode):

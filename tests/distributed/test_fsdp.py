@@ -7,9 +7,9 @@ from processes import Failure
 from scenarios import Block, Net
 from torch import nn
 
-from lightning_quartet import QuartetConfig, QuartetFSDP
+from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear
 from lightning_quartet.gathered import GatheredWeight, ShardedWeight
-from lightning_quartet.strategies.fsdp import find_blocks
+from lightning_quartet.strategies.fsdp import _pack_when_gathered, find_blocks
 from quartet_kernels import quantize_mxfp4
 
 
@@ -48,6 +48,13 @@ def test_a_gathered_weight_serves_nothing_but_its_layer():
     weight = nn.Parameter(GatheredWeight(packed.codes, packed.scales, torch.float32, QuartetConfig()))
     with pytest.raises(NotImplementedError, match="only QuartetLinear can use"):
         nn.functional.linear(torch.randn(2, 64), weight)
+
+
+def test_weights_move_to_the_device_whole():
+    layer = QuartetLinear(64, 32).requires_grad_(False)
+    _pack_when_gathered(layer, [layer], torch.device("meta"))  # stands for a GPU
+    assert (layer.weight.device.type, layer.weight.plain.device.type) == ("meta", "meta")
+    assert not layer.weight.requires_grad
 
 
 def test_blocks_are_the_members_of_lists():
@@ -125,7 +132,7 @@ def test_adapters_train_like_in_one_process(ranks, masters):
 def test_layers_without_masters_are_gathered_as_they_are(ranks, precision):
     options = {"config": QuartetConfig(store_master_weights=False), "steps": 3, "precision": precision}
     if torch.__version__ < "2.12":
-        with pytest.raises(Failure, match="install torch 2.12 or newer"):
+        with pytest.raises(Failure, match="torch 2.12 or newer"):
             ranks(scenarios.train, fsdp={}, **options)
         return
     results = ranks(scenarios.train, fsdp={}, **options)
