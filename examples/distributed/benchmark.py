@@ -5,7 +5,7 @@
 Prints one line of JSON, from rank 0. Modes: ``ddp``, ``fsdp1`` and ``fsdp2``, each with bfloat16 linear layers
 (``-bf16``) or Quartet's (``-quartet``); ``quartet-fsdp`` gathers 4-bit weights. ``fsdp2-*`` and ``quartet-fsdp`` differ
 in nothing else: the same blocks, bfloat16 for what is not packed, sums in float32. ``fsdp1`` is Lightning's, which
-gathers float32 under ``bf16-mixed`` and sums in bfloat16. With one process, ``ddp-*`` runs without any strategy: the
+under ``bf16-mixed`` gathers and sums in bfloat16. With one process, ``ddp-*`` runs without any strategy: the
 time that ratios on one GPU are taken from. Activations between the blocks are bfloat16 in all modes.
 """
 
@@ -32,7 +32,6 @@ from lightning_quartet import QuartetFSDP, QuartetQAT
 MODES = ("ddp-bf16", "ddp-quartet", "fsdp1-bf16", "fsdp1-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp")
 COLLECTIVES = {
     "c10d::_allgather_base_": "gathered",
-    "c10d::allgather_": "gathered",  # by FSDP1 on CPUs
     "c10d::_reduce_scatter_base_": "reduce_scattered",
     "c10d::allreduce_": "all_reduced",
 }

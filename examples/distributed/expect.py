@@ -76,8 +76,8 @@ def expected(lines: list[dict[str, Any]]) -> str:
     packed, plain = small.get("quartet-fsdp"), small.get("fsdp2-bf16")
     if packed is None or plain is None or packed["layers"] != plain["layers"]:
         raise SystemExit(
-            "The file needs lines of fsdp2-bf16 and quartet-fsdp on one model, and of quartet-fsdp with 32 layers, all on "
-            "as many GPUs; measure them with benchmark.py."
+            "The file needs lines of fsdp2-bf16 and quartet-fsdp on one model, and of quartet-fsdp with 32 layers, all "
+            "on as many GPUs; measure them with benchmark.py."
         )
     n = big["gpus"]
     reached = big["wire_bytes_per_step"] / big["profiled_step"]["nccl_s"] / NVLINK

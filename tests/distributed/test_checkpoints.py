@@ -42,6 +42,22 @@ def test_two_ranks_to_one(alone, sharded):
     assert_continues(result, scenarios.train(world_size=1, **CONTINUED))
 
 
+def test_one_rank_to_two(ranks, alone, tmp_path):
+    path, options = str(tmp_path / "checkpoint"), {"data_steps": 2, "model": ADAM}
+    alone(scenarios.train, world_size=1, strategy="quartet_fsdp", steps=2, save=path, **options)
+    results = ranks(scenarios.train, strategy="quartet_fsdp", resume=path, **CONTINUED)
+    assert_continues(results[0], scenarios.train(world_size=1, **CONTINUED))
+
+
+@pytest.mark.parametrize("strategy", ["quartet_fsdp", "fsdp2"])
+def test_ddp_to_shards(ranks, tmp_path, strategy):
+    path, options = str(tmp_path / "checkpoint"), {"data_steps": 2, "model": ADAM}
+    ranks(scenarios.train, strategy="ddp", steps=2, save=path, **options)
+    kind = scenarios.ShardedNet if strategy == "fsdp2" else scenarios.Net
+    results = ranks(scenarios.train, strategy=strategy, kind=kind, resume=path, **CONTINUED)
+    assert_continues(results[0], scenarios.train(world_size=1, **CONTINUED))
+
+
 def test_another_strategy_goes_on_from_one_file(ranks, tmp_path):
     path = str(tmp_path / "checkpoint")
     options = {"data_steps": 2, "model": ADAM}
