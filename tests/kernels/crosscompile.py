@@ -105,7 +105,7 @@ def quantiser_cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict
     forward = {
         "signs_ptr": None, "seed_ptr": None, "data_ptr": None, "row_scale_ptr": None, "row_stride": 0,
         "CONTIGUOUS": True, "G": 32, "METHOD": "rms", "RULE": "mse", "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": None,
-        "R": quantize.GROUPS_PER_TILE, "PER_ROW": 0, "STAGES": quantize.STAGES,
+        "R": quantize.GROUPS_PER_TILE, "PER_ROW": 1, "STAGES": quantize.STAGES,
     }  # fmt: skip
     tile = {
         "signs_ptr": None, "data_ptr": None, "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1,

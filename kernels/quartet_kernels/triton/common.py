@@ -149,25 +149,56 @@ def abs_max_exponent(largest):
 
 @triton.jit
 def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
-    """Exponent of QuEST's scale, of `mse` the lower of its two candidates; and whether there is a higher one."""
+    """Exponent of QuEST's scale: of `mse`, the one of its two candidates that has the smaller error."""
     m = tl.minimum(tl.maximum((largest >> 23) - 127, -126), 126)
     w = v * per_element(power_of_two(-m))  # |w| < 2: squares neither overflow nor vanish
+    centred = w
     if STATISTIC == "std":
-        w -= per_element(group_sum(w) * 0.03125)
-    t = tl.sqrt(group_sum(w * w) * 0.03125) * QUEST_SCALE  # approximate to 2^-23 on a GPU, more than a decision needs
-    bits = t.to(tl.int32, bitcast=True)
-    if RULE == "floor":
-        exponent = ((t * power_of_two(m) + 1e-8).to(tl.int32, bitcast=True) >> 23) - 127
+        centred -= per_element(group_sum(w) * 0.03125)
+    square = group_sum(centred * centred) * (0.03125 * QUEST_SCALE * QUEST_SCALE)  # of the scale that is rounded
+    if RULE == "floor":  # a square root is approximate to 2^-23 on a GPU, more than a decision needs
+        exponent = ((tl.sqrt(square) * power_of_two(m) + 1e-8).to(tl.int32, bitcast=True) >> 23) - 127
     else:
-        exponent = (bits >> 23) - 127 + m
+        doubled = (square.to(tl.int32, bitcast=True) >> 23) - 127  # floor(log2 t^2): odd where t is nearer to the next
         if RULE == "nearest":
-            exponent += ((bits & 0x7FFFFF) >= 0x3504F3).to(tl.int32)  # the significand of sqrt(2)
+            doubled += 1
+        exponent = (doubled >> 1) + m
     wider_fits = (exponent >= MIN_EXPONENT) & (exponent < MAX_EXPONENT)
     clamped = clamp_exponent(exponent)
     if STATISTIC == "std":  # a constant group has no centred deviation
-        clamped = tl.where(bits == 0, abs_max_exponent(largest), clamped)
-        wider_fits &= bits != 0
-    return clamped, wider_fits
+        clamped = tl.where(square == 0, abs_max_exponent(largest), clamped)
+        wider_fits &= square != 0
+    if RULE == "mse":
+        scale = power_of_two(tl.maximum(clamped - m, -100))  # far below w it does not matter how far
+        clamped += (wider_is_better(w, per_element(scale)) & wider_fits).to(tl.int32)
+    return clamped
+
+
+@triton.jit
+def positive_difference(a, b):
+    """max(|a| - |b|, 0), on a GPU at most 1."""
+    if PORTABLE:
+        out = tl.maximum(tl.abs(a) - tl.abs(b), 0.0)
+    else:  # floating-point arithmetic has twice the rate of comparisons, and takes magnitudes for nothing
+        out = tl.inline_asm_elementwise(
+            "{.reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; sub.rn.sat.f32 $0, a, b;}",
+            "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def wider_is_better(w, scale):
+    """Whether twice the scale has the smaller squared error, for groups of w [R, 4, 8], |w| < 2.
+
+    For u = |w| / scale the two errors of an element differ by |u - wide|^2 - |u - narrow|^2, which is
+        1/4 - d for u at a distance d <= 1/4 from 1/2 or 3/2, which only the narrower grid has, and
+        -4 (u - 7) from 7 on, and 8 (u - 10) less from 10 on, where the wider grid has 8 and 12 instead of 6,
+    and 0 between: rounding to both grids takes twice the operations. Where u - 7 is cut off, at 1 / scale, it decides.
+    """
+    steps = positive_difference(0.25 * scale, tl.abs(tl.abs(w) - scale) - 0.5 * scale)
+    beyond = positive_difference(w, 7.0 * scale) + 2.0 * positive_difference(w, 10.0 * scale)
+    return group_sum(steps - 4.0 * beyond) < 0
 
 
 @triton.jit
@@ -323,48 +354,17 @@ def group_factor(byte, top):
 
 
 @triton.jit
-def saturated(x, factor: tl.constexpr, offset: tl.constexpr):
-    """x * factor + offset, at least 0 and, on a GPU, at most 1; factor is plus or minus a power of two."""
-    if PORTABLE:
-        out = tl.maximum(x * factor + offset, 0.0)
-    else:  # floating-point arithmetic has twice the rate of comparisons
-        factors = tl.full(x.shape, factor, tl.float32)
-        offsets = tl.full(x.shape, offset, tl.float32)
-        out = tl.inline_asm_elementwise(
-            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factors, offsets], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return out
-
-
-@triton.jit
 def is_below_six(magnitude):
     """1.0 where magnitude < 6, else 0.0, also for NaN; the neighbours of 6 are 2^-22 away or more."""
     if PORTABLE:
         out = tl.where(magnitude < 6.0, 1.0, 0.0)
     else:
-        out = saturated(magnitude, -16777216.0, 100663296.0)
+        offset = tl.full(magnitude.shape, 100663296.0, tl.float32)
+        out = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0fCB800000, $2;",
+            "=f,f,f", [magnitude, offset], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
     return out
-
-
-@triton.jit
-def wider_is_better(u):
-    """Whether twice the scale has the smaller squared error, for groups of u >= 0 [R, 4, 8] in units of the scale.
-
-    The two errors of an element differ by |u - wide|^2 - |u - narrow|^2, which is
-        1/4 - d for u at a distance d <= 1/4 from 1/2 or 3/2, which only the narrower grid has, and
-        -4 (u - 7) from 7 on, and 8 (u - 10) less from 10 on, where the wider grid has 8 and 12 instead of 6,
-    and 0 between: rounding to both grids takes twice the operations.
-    """
-    distance = tl.abs(tl.abs(u - 1.0) - 0.5)
-    if PORTABLE:
-        steps = tl.maximum(0.25 - distance, 0.0)
-    else:  # a sum takes a magnitude for nothing, a product does not
-        steps = tl.inline_asm_elementwise(
-            "sub.rn.sat.f32 $0, 0f3E800000, $1;", "=f,f", [distance], dtype=tl.float32, is_pure=True, pack=1
-        )
-    # In units of 2^30, so that only what decides in any case saturates.
-    beyond = saturated(u, 2.0**-30, -7 * 2.0**-30) + 2.0 * saturated(u, 2.0**-30, -10 * 2.0**-30)
-    return group_sum(steps - beyond * 2.0**32) < 0
 
 
 @triton.jit
@@ -423,31 +423,19 @@ def quantize_groups(
     if METHOD == "abs_max":
         exponent = abs_max_exponent(largest)
         # One factor: the inner product is exact, or so small that its code is 0 in any case.
-        u = v * per_element(power_of_two(-exponent) * 0.75)
+        factor = per_element(power_of_two(-exponent) * 0.75)
     else:
-        exponent, wider_fits = quest_exponent(v, largest, METHOD, RULE)
-        u = v * per_element(power_of_two(-exponent))
-    magnitude = tl.abs(u)
+        exponent = quest_exponent(v, largest, METHOD, RULE)
+        factor = per_element(power_of_two(-exponent))
+    magnitude = tl.abs(v) * factor
 
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
         values = values_of(rounded)
     elif METHOD == "abs_max" and codes_ptr is None:
-        values = signed_rounding(u)
-    elif METHOD == "abs_max" or RULE != "mse":
-        if METHOD == "abs_max":
-            shift = rounding_shift(u)
-            rounded = magnitude + shift
-        else:
-            clipped = tl.minimum(magnitude, 6.0)
-            shift = rounding_shift(clipped)
-            rounded = clipped + shift
-        values = rounded - shift
+        values = signed_rounding(v * factor)
     else:
-        widen = wider_is_better(magnitude) & wider_fits
-        exponent += widen.to(tl.int32)
-        magnitude *= per_element(tl.where(widen, 0.5, 1.0))
-        clipped = tl.minimum(magnitude, 6.0)
+        clipped = magnitude if METHOD == "abs_max" else tl.minimum(magnitude, 6.0)
         shift = rounding_shift(clipped)
         rounded = clipped + shift
         values = rounded - shift

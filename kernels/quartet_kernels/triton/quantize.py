@@ -43,14 +43,15 @@ def quantize_rows_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of R groups of x [n_rows, 32 n_groups], taken as one row-major sequence of groups (row_stride is only for x
-    that is not CONTIGUOUS); where `row_scale_ptr` is given, of whole rows, each padded to PER_ROW groups."""
+    that is not CONTIGUOUS). With `row_scale_ptr`, a tile is R / PER_ROW whole rows: CONTIGUOUS ones of PER_ROW groups,
+    or others, padded to that."""
     WIDTH: tl.constexpr = 32 if G == 0 else G
     block = tl.arange(0, R * 32 // WIDTH)
     column = tl.arange(0, WIDTH)
     local = tl.arange(0, R)
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, G, x_ptr.dtype.element_ty)
-    if row_scale_ptr is not None:
-        ROWS: tl.constexpr = R // PER_ROW
+    ROWS: tl.constexpr = R // PER_ROW
+    if row_scale_ptr is not None and not CONTIGUOUS:
         for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
             first_row = tile * ROWS
             row = block * (WIDTH // 32) // PER_ROW
@@ -80,7 +81,7 @@ def quantize_rows_kernel(
             v = rotate(x, matrix, factor)
             quantize_groups(
                 v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
-                METHOD, RULE, STOCHASTIC, ROLE,
+                METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, tile * ROWS, n_rows, ROWS,
             )  # fmt: skip
 
 
@@ -244,13 +245,15 @@ def _launch_rows(
         return
     width = 0 if matrix is None else matrix.shape[0]
     smallest = 64 * max(width, 64) // 32  # a product needs 64 rows for the tensor cores of Hopper
-    contiguous = x.is_contiguous() or row_scale is not None  # else its strides matter, which compiles another kernel
+    contiguous = x.is_contiguous()  # else its strides matter, which compiles another kernel
+    per_row, row_stride = 1, x.stride(0)
     if row_scale is None:
-        per_row, row_stride = 0, 0 if contiguous else x.stride(0)
+        row_stride = 0 if contiguous else row_stride
         tile = max(min(GROUPS_PER_TILE, next_power_of_2(rows * n_groups)), smallest)
         tiles = cdiv(rows * n_groups, tile)
     else:
-        per_row, row_stride = next_power_of_2(n_groups), x.stride(0)
+        per_row = next_power_of_2(n_groups)
+        contiguous = contiguous and per_row == n_groups
         tile = max(GROUPS_PER_TILE, per_row, smallest)
         tiles = cdiv(rows, tile // per_row)
     mask_bytes = None if mask is None else mask.view(torch.uint8)
