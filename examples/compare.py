@@ -5,14 +5,19 @@
 high precision     trained and evaluated without MXFP4, in the YAML's precision
 after training     the same weights, evaluated with MXFP4 products
 MXFP4 training     trained and evaluated with the YAML's QuartetQAT, or with each of --recipes
+others             YAML files named with --others, trained and evaluated as they are
 
 More options go to `lightning-quartet` as they are: --trainer.precision=bf16-mixed, say. The numbers are those that
-the model logs in its test; with them the training's last tokens per second, where the model logs them, and its peak
-memory on a GPU. The runs' folders are `runs/compare/...`.
+the model logs in its test, and a language model's perplexity; with them the training's last tokens per second, where
+the model logs them, and its peak memory on a GPU. The runs' folders are `runs/compare/...`.
+
+--json FILE keeps the numbers: seeds that it has are not repeated, and several calls may add to it at the same time.
 """
 
 import argparse
 import copy
+import gc
+import math
 import statistics
 import sys
 import tempfile
@@ -22,6 +27,9 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+
+from lightning_quartet.recipes import CausalLM
+from lightning_quartet.recipes.results import add_result, read_results
 
 QAT = "lightning_quartet.QuartetQAT"
 
@@ -39,7 +47,8 @@ def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             "class_path": "lightning.pytorch.loggers.CSVLogger",
             "init_args": {"save_dir": "runs/compare", "name": name},
         }
-        one["trainer"].setdefault("enable_checkpointing", False)
+        for switch in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
+            one["trainer"].setdefault(switch, False)
     return plain, ours
 
 
@@ -55,11 +64,14 @@ def build(config: dict[str, Any], options: list[str], seed: int) -> LightningCLI
 def evaluate(cli: LightningCLI) -> dict[str, float]:
     """What the model logs in its test."""
     (results,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    if isinstance(cli.model, CausalLM):
+        results = {**results, "perplexity": math.exp(results["test_loss"])}
     return dict(results)
 
 
 def train(cli: LightningCLI) -> dict[str, float]:
     """The test's results after a training, and what the training took."""
+    gc.collect()  # what is left of the row before
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -71,7 +83,9 @@ def train(cli: LightningCLI) -> dict[str, float]:
     return {**evaluate(cli), **took}
 
 
-def compare(config: dict[str, Any], options: list[str], seed: int, recipes: list[str]) -> dict[str, dict[str, float]]:
+def compare(
+    config: dict[str, Any], options: list[str], seed: int, recipes: list[str], others: list[Path]
+) -> dict[str, dict[str, float]]:
     """Row of the table to its results."""
     plain, ours = split(config)
     rows = {}
@@ -87,6 +101,8 @@ def compare(config: dict[str, Any], options: list[str], seed: int, recipes: list
         if recipe:
             ours["trainer"]["callbacks"][0].setdefault("init_args", {})["config"] = recipe
         rows[f"MXFP4 training {recipe}".rstrip()] = train(build(ours, options, seed))
+    for file in others:
+        rows[file.stem] = train(build(split(yaml.safe_load(file.read_text()))[1], options, seed))
     return rows
 
 
@@ -112,11 +128,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--recipes", nargs="+", default=[])
+    parser.add_argument("--others", type=Path, nargs="+", default=[])
+    parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args(argv)
     config = yaml.safe_load(arguments.config.read_text())
-    runs = [compare(config, options, seed, arguments.recipes) for seed in arguments.seeds]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{arguments.config}, {device}, torch {torch.__version__}, seeds {arguments.seeds}\n\n{table(runs)}")
+    what = {
+        "config": str(arguments.config),
+        "options": options,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+    }
+    found = read_results(arguments.json) if arguments.json else []
+    if any({name: result[name] for name in what} != what for result in found):
+        raise SystemExit(f"{arguments.json} holds results of another configuration, device or torch: name another file.")
+    rows = {result["seed"]: result["rows"] for result in found}
+    for seed in arguments.seeds:
+        if seed not in rows:
+            rows[seed] = compare(config, options, seed, arguments.recipes, arguments.others)
+            if arguments.json:
+                add_result(arguments.json, {**what, "seed": seed, "rows": rows[seed]})
+    print(f"{what['config']}, {what['device']}, torch {what['torch']}, seeds {sorted(rows)}\n")
+    print(table([rows[seed] for seed in sorted(rows)]))
 
 
 if __name__ == "__main__":

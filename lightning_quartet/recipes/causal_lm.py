@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -36,6 +36,9 @@ class CausalLM(LightningModule):
         weight_decay: Of matrices; vectors (norms, biases) are not decayed.
         betas: Of AdamW.
         warmup_steps: Optimizer steps of linear warm-up.
+        lora: Fields of peft's ``LoraConfig``, such as ``r`` and ``target_modules``: adapters of this kind are trained
+            and everything else is frozen. Needs the package ``peft``.
+        compile_layers: Compile each decoder layer with ``torch.compile``.
 
     Raises:
         ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown.
@@ -51,6 +54,8 @@ class CausalLM(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
+        lora: dict[str, Any] | None = None,
+        compile_layers: bool = False,
     ) -> None:
         super().__init__()
         if (config is None) == (pretrained is None):
@@ -62,6 +67,11 @@ class CausalLM(LightningModule):
         self.betas = (betas[0], betas[1])
         self.warmup_steps = warmup_steps
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
+        if compile_layers:
+            for layer in self.model.get_decoder().layers:
+                layer.compile()
+        if lora is not None:
+            self.model = _adapted(self.model, lora)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -104,9 +114,10 @@ class CausalLM(LightningModule):
         if len(self._recent) > 1:
             seconds = self._recent[-1][0] - self._recent[0][0]
             done = sum(count for _, count in self._recent) - self._recent[0][1]
-            self.log("tokens_per_second", done / seconds)
-            self.log("tokens/s", done / seconds, prog_bar=True, logger=False)  # short enough for a progress bar
-        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+            speed = torch.tensor(done / seconds)  # a number would be copied to the device, and the host would wait
+            self.log("tokens_per_second", speed)
+            self.log("tokens/s", speed, prog_bar=True, logger=False)  # short enough for a progress bar
+        self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return adamw(
@@ -129,6 +140,14 @@ def _new_model(fields: dict[str, Any]) -> PreTrainedModel:
             f"{', '.join(sorted(known))}."
         )
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+
+
+def _adapted(model: PreTrainedModel, fields: dict[str, Any]) -> PreTrainedModel:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("CausalLM(lora=...) needs the package peft: pip install peft.", name="peft") from error
+    return cast(PreTrainedModel, peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **fields})))
 
 
 def _load_model(folder: str) -> PreTrainedModel:

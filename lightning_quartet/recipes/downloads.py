@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def download(command: Sequence[str], pattern: str, sha256: str, folder: Path) -> Path:
+def download(command: Sequence[str], pattern: str, sha256: str | None, folder: Path) -> Path:
     """Run a package manager's download command in ``folder``; the file it leaves there.
 
     Args:
         command: Program and arguments; ``pip`` means this Python's.
         pattern: Of the file's name.
-        sha256: Of its content.
+        sha256: Of its content; ``None`` where the package manager has checked it (apt, by its signed index).
         folder: An existing folder.
 
     Raises:
@@ -28,7 +28,7 @@ def download(command: Sequence[str], pattern: str, sha256: str, folder: Path) ->
         (file,) = folder.glob(pattern)
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise RuntimeError(f"`{' '.join(command)}` did not give a file {pattern}: {error}.") from error
-    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+    if sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
         raise RuntimeError(f"{file.name} is not the file that this script was written for.")
     return file
 

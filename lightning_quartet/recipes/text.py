@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ class TextDataModule(LightningDataModule):
         """Trains the tokenizer where the cache has none (one process a machine)."""
         if self.tokenizer_path is None and not self._cached_tokenizer().is_file():
             train, _ = self._split()
-            _train_tokenizer(train, self.vocabulary_size, self._cached_tokenizer())
+            _save(train_tokenizer(train, self.vocabulary_size), self._cached_tokenizer())
 
     def setup(self, stage: str) -> None:
         """Reads the text and packs it; a second call does nothing."""
@@ -217,8 +218,8 @@ def _tokenizer_file(tokenizer: str) -> Path:
     return path
 
 
-def _train_tokenizer(documents: list[str], vocabulary_size: int, target: Path) -> None:
-    """Trains a byte-level BPE tokenizer; moved to ``target`` in one step, so no half-written file is ever read."""
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of these texts, which decodes to them again."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -228,7 +229,12 @@ def _train_tokenizer(documents: list[str], vocabulary_size: int, target: Path) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _save(tokenizer: Tokenizer, target: Path) -> None:
+    """Moved to ``target`` in one step, so no half-written file is ever read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".json")
     os.close(handle)

@@ -110,7 +110,7 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     assert plain["trainer"]["callbacks"] == []
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
     quick = [*options("classify_text", text_folder), "--trainer.max_epochs=6", "--model.init_args.learning_rate=3e-3"]
-    rows = script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"])
+    rows = script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"], [])
     trained = ["MXFP4 training quartet", "MXFP4 training bf16_backward"]
     assert list(rows) == ["high precision", "after training", *trained]
     losses = [row["test_loss"] for row in rows.values()]

@@ -1,32 +1,38 @@
 """Paired training runs: what each choice of numerics costs in loss, against a baseline that shares everything else.
 
-    python examples/language_model/study/study.py --runs bf16 quartet fp_quant --seeds 3 --steps 700 --out study
+    python examples/language_model/study/prepare.py
+    python examples/language_model/study/study.py --runs bf16 quartet fp_quant --seeds 3 --out runs/study
 
 Runs of one seed share initial weights, data order and the signs of the backward's rotations, so their difference is far
 smaller than the spread between seeds. The table gives the mean difference of the training loss over the last 50 steps,
-and of the validation loss, from the first run named, with the standard error over seeds. Results are appended to
-OUT/runs.json after every run; a run that is there already is not repeated.
+and of the validation loss, from the first run named, with the standard error over seeds.
+
+Results are added to OUT/runs.json after every run; a run that is there already is not repeated, so a call that was
+interrupted goes on, and several processes with different --runs may share a GPU and a folder.
 
 The model is the paper's 30M Llama (arXiv 2505.14669, Table 4: 6 layers, 640 wide, 5 heads, sequence 512) with its
-optimizer settings; the text is any file of documents, by default the State of the Union addresses.
+optimizer settings and a batch of 65,536 tokens; the text is what prepare.py makes.
 """
 
 import argparse
-import json
 import logging
 import math
-import os
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
 
 from lightning_quartet import QuartetQAT
-from lightning_quartet.recipes import CausalLM, TextDataModule
+from lightning_quartet.recipes import CausalLM
+from lightning_quartet.recipes.results import Result, add_result, read_results
 from quartet_kernels import QuartetConfig
 
 LAYERS = 6
@@ -47,34 +53,82 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "ends_in_bf16": {"skip": [f"layers.{index}" for index in (0, LAYERS - 1)]},
 }
 """What each run changes: options of QuartetConfig, `end` (fraction of steps after which layers compute in bf16) and
-`skip` (modules that are not converted)."""
+`skip` (modules that are not converted). `abs_max` clips nothing, so it has no mask either."""
 
 LOSSES = 50
+SETTINGS = ("steps", "batch", "sequence", "width", "learning_rate", "validation_batches", "eager")
 
 
-class Losses(pl.Callback):
-    """Keeps every training loss on the device, without waiting for it."""
+class Batches:
+    """Batches `[batch, sequence + 1]` of int64 token ids from one tensor on the model's device."""
 
-    def __init__(self) -> None:
-        self.values: list[torch.Tensor] = []
+    def __init__(self, tokens: Tensor, sequence: int, batch: int, order: Tensor) -> None:
+        self.windows = tokens.unfold(0, sequence + 1, sequence)
+        self.parts = order.to(tokens.device).split(batch)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *rest: Any) -> None:
-        self.values.append(outputs["loss"].detach())
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.windows[part].long() for part in self.parts)
 
 
-def train(run: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+class Student(CausalLM):
+    """The recipe, with layers and loss compiled, and its losses kept on the device, without waiting for them."""
+
+    def __init__(self, eager: bool, **options: Any) -> None:
+        super().__init__(compile_layers=not eager, **options)
+        self.losses: list[Tensor] = []
+        self.head = _head if eager else torch.compile(_head)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.losses.append(loss.detach())
+        if batch_idx in (self.trainer.max_steps // 2, self.trainer.max_steps - 1):
+            self.losses[-1].item()  # waits for the device
+            self.times = [*getattr(self, "times", []), time.perf_counter()]
+        return loss
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Logs nothing."""
+
+    def _loss(self, batch: Tensor, reduction: str = "mean") -> Tensor:
+        hidden = self.model.get_decoder()(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
+        return self.head(hidden, self.model.get_output_embeddings().weight, batch[:, 1:])
+
+
+def _head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
+
+
+def read_tokens(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """Training and validation tokens, int32 on the GPU where there is one, and where they come from."""
+    if not file.is_file():
+        raise SystemExit(f"There is no {file}: make it with examples/language_model/study/prepare.py.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with safe_open(file, "pt", device=device) as found:
+        train, validation = (found.get_tensor(name).int() for name in ("train", "validation"))
+        return train, validation, found.metadata()
+
+
+def train(run: str, seed: int, options: argparse.Namespace) -> Result:
     """One training run: its mean loss over the last steps, its validation loss, and its speed."""
     pl.seed_everything(seed, verbose=False)
-    data = TextDataModule(
-        path=str(options.text),
-        vocabulary_size=options.vocabulary,
-        sequence_length=options.sequence,
-        batch_size=options.batch,
-        validation_documents=options.validation_documents,
-    )
-    model = CausalLM(
+    train_tokens, validation_tokens, about = read_tokens(options.tokens)
+    sequences = (len(train_tokens) - 1) // options.sequence
+    if sequences < options.steps * options.batch:
+        raise SystemExit(
+            f"{options.tokens} holds {sequences} sequences of {options.sequence} tokens, but {options.steps} steps of "
+            f"{options.batch} need {options.steps * options.batch}: prepare more tokens or take fewer steps."
+        )
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))[: options.steps * options.batch]
+    batches = Batches(train_tokens, options.sequence, options.batch, order)
+    held_out = torch.arange(options.validation_batches * options.batch)
+    validation = Batches(validation_tokens, options.sequence, options.batch, held_out)
+    model = Student(
+        options.eager,
         config={
-            "vocab_size": options.vocabulary,
+            "vocab_size": int(about["vocabulary"]),
             "hidden_size": options.width,
             "intermediate_size": options.width * 14 // 5,
             "num_hidden_layers": LAYERS,
@@ -86,8 +140,7 @@ def train(run: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         learning_rate=options.learning_rate,
         warmup_steps=options.steps // 10,
     )
-    losses = Losses()
-    callbacks: list[pl.Callback] = [losses]
+    callbacks: list[pl.Callback] = []
     changes = RUNS[run]
     if changes is not None:
         changes = dict(changes)
@@ -99,63 +152,65 @@ def train(run: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 end_step=None if end is None else round(end * options.steps),
             )
         )
-    trainer = pl.Trainer(
-        devices=1,
-        max_steps=options.steps,
-        max_epochs=-1,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    start = time.perf_counter()
-    trainer.fit(model, datamodule=data)
-    seconds = time.perf_counter() - start
-    validate = pl.Trainer(
-        devices=1,
-        precision="bf16-mixed",
-        callbacks=[callback for callback in callbacks if isinstance(callback, QuartetQAT)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=options.validation_batches,
-    )
-    (metrics,) = validate.validate(model, datamodule=data, verbose=False)
-    history = torch.stack(losses.values).float().tolist()
+    common: dict[str, Any] = {
+        "devices": 1,
+        "precision": "bf16-mixed",
+        "callbacks": callbacks,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(max_steps=options.steps, max_epochs=1, gradient_clip_val=1.0, **common)
+    trainer.fit(model, batches)
+    with torch.compiler.set_stance("force_eager"):  # for a few batches, compiling anew does not pay
+        (metrics,) = pl.Trainer(**common).validate(model, validation, verbose=False)
+    history = torch.stack(model.losses).float().tolist()
+    timed = options.steps - 1 - options.steps // 2
     return {
         "run": run,
         "seed": seed,
         "train_loss": statistics.mean(history[-LOSSES:]),
         "val_loss": metrics["val_loss"],
-        "tokens/s": options.steps * options.batch * options.sequence / seconds,
+        "tokens/s": timed * options.batch * options.sequence / (model.times[-1] - model.times[0]),
         "losses": [round(value, 4) for value in history[:: max(1, len(history) // 100)]],
-        **{
-            name: getattr(options, name)
-            for name in ("steps", "batch", "sequence", "width", "vocabulary", "learning_rate")
-        },
-        "text": options.text.name,
+        "settings": settings(options),
+        "tokens": about["source"],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
-def table(results: list[dict[str, Any]], runs: list[str]) -> str:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What paired runs must have in common."""
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
+def differences(results: list[Result], run: str, baseline: str, metric: str) -> list[float]:
+    """Of a run from the baseline, one for each seed that both have."""
+    found = {(result["run"], result["seed"]): result[metric] for result in results}
+    seeds = sorted(seed for name, seed in found if name == run and (baseline, seed) in found)
+    return [found[run, seed] - found[baseline, seed] for seed in seeds]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, NaN for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def table(results: list[Result], runs: list[str]) -> str:
     """Mean difference from the first run and its standard error over the seeds that both have."""
-    found = {(result["run"], result["seed"]): result for result in results}
     lines = ["| run | pairs | train loss | difference | val loss | difference |", "|---|---|---|---|---|---|"]
     for run in runs:
-        seeds = sorted(seed for name, seed in found if name == run and (runs[0], seed) in found)
-        if not seeds:
-            continue
         cells = []
         for metric in ("train_loss", "val_loss"):
-            values = [found[run, seed][metric] for seed in seeds]
-            gaps = [found[run, seed][metric] - found[runs[0], seed][metric] for seed in seeds]
-            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else float("nan")
-            cells += [f"{statistics.mean(values):.4f}", f"{statistics.mean(gaps):+.4f} ± {error:.4f}"]
-        lines.append(f"| {run} | {len(seeds)} | {' | '.join(cells)} |")
+            gaps = differences(results, run, runs[0], metric)
+            if gaps:
+                mean, error = mean_and_error(gaps)
+                own = statistics.mean(result[metric] for result in results if result["run"] == run)
+                cells += [f"{own:.4f}", f"{mean:+.4f} ± {error:.4f}"]
+        if cells:
+            lines.append(f"| {run} | {len(gaps)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -164,38 +219,37 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=["bf16", "quartet"], help="the first is the baseline"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="pairs")
+    parser.add_argument("--seeds", type=int, default=3, help="pairs: seeds 0, 1, ...")
+    parser.add_argument("--first_seed", type=int, default=0, help="start with another seed than 0")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=128, help="sequences a step")
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--learning_rate", type=float, default=1.2e-3)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "sotu.txt.xz")
-    parser.add_argument("--validation_documents", type=int, default=20)
     parser.add_argument("--validation_batches", type=int, default=16)
+    parser.add_argument("--tokens", type=Path, default=Path(".cache/lightning_quartet/study.safetensors"))
+    parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high")
 
-    options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "runs.json"
-    results: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    for seed in range(options.seeds):
+    if any(result["settings"] != settings(options) for result in read_results(file)):
+        raise SystemExit(f"{file} holds runs with other settings: give another --out.")
+    last = None
+    for seed in range(options.first_seed, options.seeds):
         for run in options.runs:
-            if any(result["run"] == run and result["seed"] == seed for result in results):
+            if any(result["run"] == run and result["seed"] == seed for result in read_results(file)):
                 continue
-            results.append(train(run, seed, options))
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(temporary, file)
-            last = {
-                name: value for name, value in results[-1].items() if name in ("train_loss", "val_loss", "tokens/s")
-            }
-            print(run, seed, ", ".join(f"{name} {value:.5g}" for name, value in last.items()), flush=True)
-    print(table(results, options.runs))
+            if run != last:
+                torch._dynamo.reset()
+            last = run
+            result = train(run, seed, options)
+            add_result(file, result)
+            print(run, seed, *(f"{name} {result[name]:.5g}" for name in ("train_loss", "val_loss", "tokens/s")), flush=True)
+    print(table(read_results(file), options.runs))
 
 
 if __name__ == "__main__":
