@@ -140,7 +140,9 @@ def main(argv: list[str]) -> None:
     }
     found = read_results(arguments.json) if arguments.json else []
     if any({name: result[name] for name in what} != what for result in found):
-        raise SystemExit(f"{arguments.json} holds results of another configuration, device or torch: name another file.")
+        raise SystemExit(
+            f"{arguments.json} holds results of another configuration, device or torch: name another file."
+        )
     rows = {result["seed"]: result["rows"] for result in found}
     for seed in arguments.seeds:
         if seed not in rows:

@@ -146,7 +146,9 @@ def _adapted(model: PreTrainedModel, fields: dict[str, Any]) -> PreTrainedModel:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("CausalLM(lora=...) needs the package peft: pip install peft.", name="peft") from error
+        raise ModuleNotFoundError(
+            "CausalLM(lora=...) needs the package peft: pip install peft.", name="peft"
+        ) from error
     return cast(PreTrainedModel, peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **fields})))
 
 

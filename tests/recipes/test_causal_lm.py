@@ -46,6 +46,15 @@ def test_it_learns_logs_and_draws_its_curve(tmp_path: Path) -> None:
     assert restored.losses == curve.losses
 
 
+def test_layers_are_compiled_and_adapters_added_on_demand() -> None:
+    layers = [CausalLM(TINY, compile_layers=on).model.get_decoder().layers[0] for on in (False, True)]
+    assert [layer._compiled_call_impl is not None for layer in layers] == [False, True]
+    model = CausalLM(TINY, lora={"r": 4, "target_modules": "all-linear"})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 14
+    assert all("lora_" in name for name in trained)
+
+
 def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token(tmp_path: Path) -> None:
     model = CausalLM(TINY)
     data = counting(2)

@@ -110,7 +110,9 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     assert plain["trainer"]["callbacks"] == []
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
     quick = [*options("classify_text", text_folder), "--trainer.max_epochs=6", "--model.init_args.learning_rate=3e-3"]
-    rows = script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"], [])
+    rows = script["compare"](
+        config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"], []
+    )
     trained = ["MXFP4 training quartet", "MXFP4 training bf16_backward"]
     assert list(rows) == ["high precision", "after training", *trained]
     losses = [row["test_loss"] for row in rows.values()]
@@ -122,6 +124,26 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     assert text.splitlines()[0] == "| | test_loss | test_accuracy |"
     assert "| high precision | " in text
     assert " | 1.0000 ± 0.0000 |" in text
+
+
+def test_compare_keeps_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(EXAMPLES / "compare.py"))["main"]
+    trained: list[int] = []
+
+    def compare(config: Any, options: list[str], seed: int, *rest: Any) -> dict[str, dict[str, float]]:
+        trained.append(seed)
+        return {"high precision": {"test_loss": float(seed), "peak GiB": 1.0}}
+
+    monkeypatch.setitem(main.__globals__, "compare", compare)
+    arguments = [str(EXAMPLES / "classify_text" / "config.yaml"), "--json", str(tmp_path / "results.json")]
+    main([*arguments, "--seeds", "2"])
+    main([*arguments, "--seeds", "1", "2", "3"])
+    assert trained == [2, 1, 3]
+    assert capsys.readouterr().out.endswith("| high precision | 2.0000 ± 1.0000 | 1.0000 ± 0.0000 |\n")
+    with pytest.raises(SystemExit, match="another configuration"):
+        main([*arguments, "--trainer.max_epochs=3"])
 
 
 def test_text_data(text_folder: Path) -> None:

@@ -80,7 +80,8 @@ def test_language_model_runs(
     )
 
 
-def test_finetune_llm_runs(tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["config", "lora"])
+def test_finetune_llm_runs(name: str, tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = TextDataModule(str(short_corpus), vocabulary_size=512, sequence_length=32, batch_size=4)
     data.prepare_data()
@@ -90,7 +91,7 @@ def test_finetune_llm_runs(tmp_path: Path, short_corpus: Path, monkeypatch: pyte
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=1, **sizes)).save_pretrained(model)
     data.tokenizer.save(str(model / "tokenizer.json"))
-    config = ROOT / "examples" / "finetune_llm" / "config.yaml"
+    config = ROOT / "examples" / "finetune_llm" / f"{name}.yaml"
     text = ROOT / "examples" / "finetune_llm" / "austen.txt.xz"
     (tmp_path / "novel.txt").write_text(lzma.decompress(text.read_bytes()).decode()[:100_000])
     quick = [
@@ -107,10 +108,12 @@ def test_finetune_llm_runs(tmp_path: Path, short_corpus: Path, monkeypatch: pyte
         "--data.init_args.batch_size=4",
     ]
     run(monkeypatch, "fit", "--config", str(config), *quick)
-    (folder,) = (tmp_path / "runs" / "finetune_llm").glob("version_0")
+    (folder,) = (tmp_path / "runs").glob("*/version_0")
     assert (folder / "loss_curve.png").stat().st_size > 1000
     assert (folder / "sample.txt").read_text().startswith("It is a truth universally acknowledged,")
-    assert list((folder / "checkpoints").glob("*.ckpt"))
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert any("lora_A" in key for key in state) == any("weight_codes" in key for key in state) == (name == "lora")
 
 
 def test_fabric_loop_learns(short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,12 @@ def main() -> None:
             last = run
             result = train(run, seed, options)
             add_result(file, result)
-            print(run, seed, *(f"{name} {result[name]:.5g}" for name in ("train_loss", "val_loss", "tokens/s")), flush=True)
+            print(
+                run,
+                seed,
+                *(f"{name} {result[name]:.5g}" for name in ("train_loss", "val_loss", "tokens/s")),
+                flush=True,
+            )
     print(table(read_results(file), options.runs))
 
 
