@@ -11,7 +11,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_quartet.__main__ import main
-from lightning_quartet.recipes import TextDataModule
+from lightning_quartet.recipes import CausalLM, TextDataModule
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE_MODEL = ROOT / "examples" / "language_model"
@@ -38,6 +38,7 @@ def cut(folder: Path, corpus: Path, steps: int = 4) -> list[str]:
         "--trainer.limit_val_batches=2",
         "--trainer.log_every_n_steps=1",
         "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
         f"--trainer.logger.init_args.save_dir={folder / 'runs'}",
         "--model.init_args.config.hidden_size=64",
         "--model.init_args.config.intermediate_size=96",
@@ -45,6 +46,7 @@ def cut(folder: Path, corpus: Path, steps: int = 4) -> list[str]:
         "--model.init_args.config.num_attention_heads=2",
         "--model.init_args.config.num_key_value_heads=1",
         "--model.init_args.config.vocab_size=512",
+        "--model.init_args.compile_layers=false",
         f"--data.init_args.path={corpus}",
         "--data.init_args.vocabulary_size=512",
         "--data.init_args.sequence_length=32",
@@ -53,7 +55,7 @@ def cut(folder: Path, corpus: Path, steps: int = 4) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["config", "config_float32"])
+@pytest.mark.parametrize("name", ["config", "config_float32", "config_gpu"])
 def test_language_model_runs(
     name: str, tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +133,13 @@ def test_the_two_language_model_runs_differ_only_in_the_callback() -> None:
     assert ours["trainer"]["callbacks"].pop(0) == {"class_path": "lightning_quartet.QuartetQAT"}
     assert ours["trainer"]["logger"]["init_args"].pop("name") != plain["trainer"]["logger"]["init_args"].pop("name")
     assert ours == plain
+
+
+def test_the_gpu_recipe_has_sixty_million_parameters() -> None:
+    fields = yaml.safe_load((LANGUAGE_MODEL / "config_gpu.yaml").read_text())["model"]["init_args"]["config"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalLM(fields).parameters())
+    assert 60e6 < parameters < 62e6
 
 
 def test_vocabulary_mismatch_is_explained(tmp_path: Path, short_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
