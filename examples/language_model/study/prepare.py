@@ -2,11 +2,12 @@
 
     python examples/language_model/study/prepare.py [--out .cache/lightning_quartet/study.safetensors]
 
-The package is linux-source-6.1 (140 MB, GPL-2.0; most files say so in their first line), fetched with `apt-get download`
-and not installed; elsewhere give the file with --deb. What is read are its C files and the documentation (.rst) of at
-least 200 bytes and at most 200 kB, in the order of the SHA-256 of their paths, until there are enough. The first 2% of
-these files are held out. A byte-level BPE tokenizer is trained on the beginning of the others; every file begins with
-the token <|endoftext|>. The result holds `train` and `validation`, int16 token ids, and where they come from.
+The package is linux-source-6.1 (140 MB, GPL-2.0; most files say so in their first line), fetched with `apt-get
+download` and not installed; elsewhere give the file with --deb. What is read are its C files and the documentation
+(.rst) of at least 200 bytes and at most 200 kB, in the order of the SHA-256 of their paths, until there are enough. The
+first 2% of these files are held out. A byte-level BPE tokenizer is trained on the beginning of the others; every file
+begins with the token <|endoftext|>. The result holds `train` and `validation`, int16 token ids, and where they come
+from.
 """
 
 import argparse
