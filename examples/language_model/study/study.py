@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=["bf16", "quartet"], help="the first is the baseline"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="pairs: seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="pairs: seeds 0, 1, ...; 0 only prints what is there")
     parser.add_argument("--first_seed", type=int, default=0, help="start with another seed than 0")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=128, help="sequences a step")
