@@ -8,7 +8,8 @@ smaller than the spread between seeds. The table gives the mean difference of th
 and of the validation loss, from the first run named, with the standard error over seeds.
 
 Results are added to OUT/runs.json after every run; a run that is there already is not repeated, so a call that was
-interrupted goes on, and several processes with different --runs may share a GPU and a folder.
+interrupted goes on, and several processes with different --runs may share a GPU and a folder (then their tokens per
+second say little).
 
 The model is the paper's 30M Llama (arXiv 2505.14669, Table 4: 6 layers, 640 wide, 5 heads, sequence 512) with its
 optimizer settings and a batch of 65,536 tokens; the text is what prepare.py makes.
@@ -220,7 +221,6 @@ def main() -> None:
         "--runs", nargs="+", choices=RUNS, default=["bf16", "quartet"], help="the first is the baseline"
     )
     parser.add_argument("--seeds", type=int, default=3, help="pairs: seeds 0, 1, ...; 0 only prints what is there")
-    parser.add_argument("--first_seed", type=int, default=0, help="start with another seed than 0")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=128, help="sequences a step")
     parser.add_argument("--sequence", type=int, default=512)
@@ -239,7 +239,7 @@ def main() -> None:
     if any(result["settings"] != settings(options) for result in read_results(file)):
         raise SystemExit(f"{file} holds runs with other settings: give another --out.")
     last = None
-    for seed in range(options.first_seed, options.seeds):
+    for seed in range(options.seeds):
         for run in options.runs:
             if any(result["run"] == run and result["seed"] == seed for result in read_results(file)):
                 continue
