@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, unpack_mask
+from quartet_kernels.mxfp4 import GROUP_SIZE, decode
 from quartet_kernels.reference import rotate
 from quartet_kernels.rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 
@@ -205,6 +206,53 @@ class ScaleExponentHistogram(Metric):
     def compute(self) -> Tensor:
         """The counts by scale byte, int64 [256]."""
         return self.scales
+
+
+class FP8SpanMisses(Metric):
+    """Fraction of MXFP4 elements that backend ``fp8`` rounds: those too far below the largest scale of their row.
+
+    An FP8 operand holds a row of codes relative to one power of two, exactly over 28 binades (E5M2); this counts what
+    lies below. 0 on ordinary data. Backends other than ``fp8`` round nothing.
+
+    Args:
+        config: Numerics; the default recipe if None.
+        mode: ``"forward"`` projects as weights and inputs are, ``"backward"`` as gradients are (with signs of +1).
+        kwargs: As in :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    missed: Tensor
+    elements: Tensor
+
+    def __init__(self, config: QuartetConfig | None = None, mode: Mode = "forward", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        for name in ("missed", "elements"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add a tensor, float [..., K]."""
+        packed = quantize_mxfp4(x, config=self.config, mode=self.mode, backend=self.config.backend)
+        assert isinstance(packed, MXFP4Tensor)
+        codes = decode(packed.codes, torch.full_like(packed.scales, EXPONENT_BIAS)).unflatten(-1, (-1, GROUP_SIZE))
+        used = (codes != 0).any(-1) & (packed.scales != NAN_BYTE)
+        exponents = packed.scales.to(torch.int32)
+        top = torch.where(used, exponents, 0).amax(-1, keepdim=True).clamp_min(EXPONENT_BIAS - 113)
+        relative = torch.ldexp(codes, (exponents - top + 13)[..., None])
+        # A NaN makes its whole row NaN: nothing is missed there.
+        finite = (packed.scales != NAN_BYTE).all(-1, keepdim=True)[..., None]
+        self.missed += ((relative.to(torch.float8_e5m2).to(relative.dtype) != relative) & finite).sum()
+        self.elements += x.numel()
+
+    def compute(self) -> Tensor:
+        """The fraction, float64 scalar."""
+        return self.missed.double() / self.elements
 
 
 class GradientAlignment(Metric):

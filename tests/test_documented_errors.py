@@ -334,6 +334,7 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
     ("alignment_sums", "ValueError"): [lambda: metrics.alignment_sums(torch.zeros(2), torch.zeros(3))],
     ("QuantizationSNR", "ValueError"): [lambda: metrics.QuantizationSNR(mode="sideways")],
     ("ScaleExponentHistogram", "ValueError"): [lambda: metrics.ScaleExponentHistogram(mode="sideways")],
+    ("FP8SpanMisses", "ValueError"): [lambda: metrics.FP8SpanMisses(mode="sideways")],
     ("GradientAlignment.update", "ValueError"): [
         lambda: metrics.GradientAlignment().update(torch.zeros(2), torch.zeros(3))
     ],

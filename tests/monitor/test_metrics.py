@@ -8,6 +8,7 @@ import torch
 
 from lightning_quartet.metrics import (
     ClipFraction,
+    FP8SpanMisses,
     GradientAlignment,
     QuantizationSNR,
     ScaleExponentHistogram,
@@ -69,6 +70,20 @@ def test_clip_fraction_counts_what_the_mask_drops() -> None:
     assert never.compute() == 0
 
 
+@pytest.mark.parametrize(("exponent", "missed"), [(-24, 0.0), (-27, 0.0), (-40, 0.5)])
+def test_span_misses_count_what_is_far_below_the_largest_of_a_row(exponent: int, missed: float) -> None:
+    x = torch.ones(4, 64)
+    x[:, 32:] *= 2.0**exponent
+    metric = FP8SpanMisses(IDENTITY)
+    metric.update(x)
+    assert metric.compute() == missed
+    other_rows = FP8SpanMisses(IDENTITY)
+    other_rows.update(torch.cat((x[:, :32], x[:, 32:])))  # each row has its own scale
+    other_rows.update(torch.full((1, 64), math.nan))
+    other_rows.update(torch.zeros(1, 64))
+    assert other_rows.compute() == 0
+
+
 def test_histogram_counts_scale_bytes_dead_and_broken_groups() -> None:
     x = torch.ones(4, 64)
     x[0, :32] = 0
@@ -94,7 +109,7 @@ def test_gradient_alignment_of_known_vectors() -> None:
         metric.update(torch.ones(2), torch.ones(3))
 
 
-@pytest.mark.parametrize("make", [QuantizationSNR, ClipFraction, ScaleExponentHistogram])
+@pytest.mark.parametrize("make", [QuantizationSNR, ClipFraction, ScaleExponentHistogram, FP8SpanMisses])
 def test_merging_is_exact(make: type) -> None:
     x = normal(96, 128)
     whole, parts = make(), [make() for _ in range(3)]

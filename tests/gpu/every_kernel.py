@@ -1,0 +1,47 @@
+"""A small run of every kernel that a CUDA GPU can run, for NVIDIA's sanitizer:
+
+compute-sanitizer --tool memcheck python tests/gpu/every_kernel.py
+compute-sanitizer --tool racecheck python tests/gpu/every_kernel.py
+"""
+
+import torch
+
+from quartet_kernels import QuartetConfig, available_backends, quantize_mxfp4, quartet_linear
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    names = [name for name, reason in available_backends("cuda").items() if reason.startswith("can run")]
+    changes = [
+        {},
+        {"backward_rounding": "stochastic", "scale_rule": "nearest"},
+        {"statistic": "std", "scale_rule": "floor", "accumulation": "precise"},
+        {"forward_method": "abs_max", "hadamard_group_size": 128, "transform_init": "gsr"},
+        {"backward_dtype": "mxfp8", "transform_init": "identity"},
+        {"backward_dtype": "bf16", "hadamard_group_size": 64},
+    ]
+    for name in names:
+        if name == "reference":
+            continue
+        for change in changes:
+            config = QuartetConfig(backend=name, **change)
+            # Ragged: 77 tokens, a width that is no power of two, and rows longer than what one program holds.
+            for inputs, outputs in ((384, 160), (8448, 96)):
+                x = torch.randn(77, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                bias = torch.randn(outputs, device="cuda", dtype=torch.bfloat16)
+                quartet_linear(x, weight, bias, config=config, seed=1).sum().backward()
+                with torch.no_grad():
+                    packed = quantize_mxfp4(weight, config=config)
+                    for tokens in (1, 8, 16, 77):
+                        quartet_linear(x[:tokens], packed, bias, config=config)
+    # Operands that are not aligned to 16 bytes take another kernel.
+    flat = torch.randn(77 * 384 + 1, device="cuda", dtype=torch.bfloat16)
+    quartet_linear(
+        flat[1:].view(77, 384), torch.randn(72 * 4, 384, device="cuda", dtype=torch.bfloat16), config=QuartetConfig()
+    )
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
