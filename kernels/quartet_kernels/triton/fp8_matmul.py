@@ -180,6 +180,7 @@ def aligned(*tensors: torch.Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
 
 
+@lru_cache(maxsize=64)
 def has_tma(device: torch.device) -> bool:
     """Hopper; the interpreter has descriptors too."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)

@@ -5,10 +5,11 @@ time: some 45 microseconds in a training step, fourteen times for one linear's f
 decides which binary runs is hashed, and only the first launch goes Triton's way.
 """
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import PORTABLE
 
@@ -25,15 +26,21 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@functools.cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def _specialization(argument: Any) -> Any:
     """What Triton compiles for: a pointer's type and alignment to 16 bytes, an integer's size, factor 16, and 1."""
-    if isinstance(argument, Tensor):
-        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
-    if isinstance(argument, int):
-        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
-    if argument is None or isinstance(argument, float):
+    kind = type(argument)
+    if argument is None or kind is float:
         return None
-    return argument.base.dtype  # a descriptor, whose block follows from the constants
+    if kind is int:
+        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    if kind is TensorDescriptor:
+        return argument.base.dtype  # its block follows from the constants
+    return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
 
 
 def launch(
@@ -58,7 +65,7 @@ def launch(
     if PORTABLE:
         kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
         return
-    if device.index != torch.cuda.current_device():
+    if _several_devices() and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, device, programs, arguments, constants, warps, stages)
         return
