@@ -83,3 +83,11 @@ def fp8_operand(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor
     scale = torch.where(exponent == -1000, 1.0, torch.exp2(exponent.clamp_min(-113) - 13.0))
     data = torch.where(finite.repeat_interleave(32, 1), values / scale[:, None], 0.0)
     return data.to(torch.float8_e5m2), torch.where(finite.all(1), scale, torch.nan).float()
+
+
+def untile(scales: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The inverse of `tile_scales`, element by element: byte [row, group] of scales that may be tiled."""
+    if scales.dim() == 2:
+        return scales
+    row, group = torch.arange(rows, device=scales.device)[:, None], torch.arange(groups, device=scales.device)[None, :]
+    return scales.flatten(2)[row // 128, group // 4, row % 32 * 16 + row // 32 % 4 * 4 + group % 4]

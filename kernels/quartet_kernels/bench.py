@@ -124,9 +124,9 @@ def kernels(shape: Shape, device: torch.device, bandwidth: float) -> list[Row]:
     b_t = transposed()
     record("packed to transposed", transposed, size(codes, scales, *b_t))
 
-    a = (codes, scales) if backend.packed else operand
+    a = backend.expand(codes, scales) if backend.packed else operand
     w_codes, w_scales, w_mask, *w_operand = backend.quantize_forward(weight, config=config, mask=True)
-    w = (w_codes, w_scales) if backend.packed else w_operand
+    w = backend.expand(w_codes, w_scales) if backend.packed else w_operand
     g_t = backend.quantize_backward(
         dy, sign_role=SIGNS_DW, role=GRAD_T, transpose=True, **(common | {"rounding": "nearest"})
     )

@@ -80,8 +80,8 @@ def _few(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
 
 def _many(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
     _, _, a = _project(x, config, False)
-    data, scale = ops.expand(weight.codes, weight.scales, torch.float32, config.text)
-    b = (data, scale) if data.dim() == 2 else (weight.codes, weight.scales)
+    packed = weight.codes, weight.scales
+    b = ops.operand(*packed, *ops.expand(*packed, torch.float32, config.text))
     return ops.matmul(*a, *b, None, torch.bfloat16, config.text)
 
 

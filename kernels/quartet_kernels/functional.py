@@ -15,12 +15,6 @@ from .philox import GRAD
 from .rotation import rotation_matrix
 
 
-def _packed_name(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend whose operands are packed that serves a device: ``reference``, ``triton`` or ``native``."""
-    chosen = select_backend(backend, device, dtype)
-    return chosen.name if chosen.packed or chosen.name == "reference" else "triton"
-
-
 def quantize_mxfp4(
     x: Tensor,
     *,
@@ -66,7 +60,8 @@ def quantize_mxfp4(
     if x.dim() == 0 or x.shape[-1] % group or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be a multiple of {group}.")
 
-    name = _packed_name(backend, x.device, x.dtype)
+    # The quantisers of all others are the same, and these write scales as they are stored.
+    name = "reference" if select_backend(backend, x.device, x.dtype).name == "reference" else "triton"
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     mask = None
     if mode == "forward":
@@ -128,7 +123,8 @@ def mxfp4_matmul(
         raise TypeError(f"out_dtype is {out_dtype}; use float32, bfloat16 or float16.")
     if bias is not None and (tuple(bias.shape) != (b.shape[0],) or bias.device != a.codes.device):
         raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}; it must be [{b.shape[0]}] beside a.")
-    backend_ = load_backend(_packed_name(backend, a.codes.device, torch.float32))
+    chosen = select_backend(backend, a.codes.device, torch.float32)
+    backend_ = chosen if chosen.packed or chosen.name == "reference" else load_backend("triton")
     return backend_.matmul(
         *backend_.expand(a.codes, a.scales),
         *backend_.expand(b.codes, b.scales),

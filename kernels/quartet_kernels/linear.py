@@ -32,7 +32,7 @@ def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
     x = x.reshape(-1, x.shape[-1])
     codes, scales, words, data, scale = ops.quantize_forward(x, config.text, mask)
     packed = (codes, scales)
-    return packed, words if mask else None, (data, scale) if data.dim() == 2 else packed
+    return packed, words if mask else None, ops.operand(*packed, data, scale)
 
 
 def _capturing(x: Tensor) -> bool:
@@ -155,8 +155,7 @@ class _QuartetLinear(torch.autograd.Function):
             project_weight = _project if torch.compiler.is_compiling() else weight_window.project
             packed, w_mask, b = project_weight(weight, config, need_dw and clips)
         else:
-            data, scale = ops.expand(*packed, compute_dtype(x), config.text)
-            b = (data, scale) if data.dim() == 2 else packed
+            b = ops.operand(*packed, *ops.expand(*packed, compute_dtype(x), config.text))
 
         ctx.config, ctx.x_dtype, ctx.x_shape = config, x.dtype, x.shape
         ctx.weight_dtype = None if weight is None else weight.dtype

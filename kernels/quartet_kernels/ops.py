@@ -66,6 +66,20 @@ def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=x.device)
 
 
+def _part(backend: Backend, data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What an operand has beyond the packed tensor, which an operator must not return once more."""
+    if not backend.packed:
+        return data, scale
+    return _none(data, torch.uint8), _none(data, torch.uint8) if scale.dim() == 2 else scale
+
+
+def operand(codes: Tensor, scales: Tensor, data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The operand of a packed tensor, from it and what `quantize_forward` or `expand` returned for it beyond."""
+    if data.dim() == 2:
+        return data, scale
+    return codes, scales if scale.dim() == 1 else scale
+
+
 @_operator
 def quantize_forward(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = parse_config(config)
@@ -84,10 +98,7 @@ def quantize_forward(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor
 def _(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     chosen = _backend(parse_config(config), x)
-    if chosen.packed:
-        data, scale = _none(x, torch.uint8), _none(x, torch.uint8)
-    else:
-        data, scale = chosen.empty_operand(x, rows, columns)
+    data, scale = _part(chosen, *chosen.empty_operand(x, rows, columns))
     words = x.new_empty(rows, columns // GROUP_SIZE, dtype=torch.int32) if mask else _none(x, torch.int32)
     codes = x.new_empty(rows, columns // 2, dtype=torch.uint8)
     return codes, x.new_empty(rows, columns // GROUP_SIZE, dtype=torch.uint8), words, data, scale
@@ -96,17 +107,14 @@ def _(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
 @_operator
 def expand(codes: Tensor, scales: Tensor, dtype: torch.dtype, config: str) -> tuple[Tensor, Tensor]:
     chosen = select_backend(parse_config(config).backend, codes.device, dtype)
-    if chosen.packed:
-        return _none(codes, torch.uint8), _none(codes, torch.uint8)
-    return chosen.expand(codes, scales, dtype=dtype)
+    return _part(chosen, *chosen.expand(codes, scales, dtype=dtype))
 
 
 @torch.library.register_fake("quartet::expand", lib=_LIBRARY)
 def _(codes: Tensor, scales: Tensor, dtype: torch.dtype, config: str) -> tuple[Tensor, Tensor]:
     chosen = select_backend(parse_config(config).backend, codes.device, dtype)
-    if chosen.packed:
-        return _none(codes, torch.uint8), _none(codes, torch.uint8)
-    return chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[0], codes.shape[1] * 2)
+    empty = chosen.empty_operand(codes.new_empty(0, dtype=dtype), codes.shape[0], codes.shape[1] * 2)
+    return _part(chosen, *empty)
 
 
 @_operator

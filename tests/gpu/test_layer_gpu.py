@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quartet_kernels import QuartetConfig, available_backends, quartet_linear
+from quartet_kernels import QuartetConfig, available_backends, backends, quartet_linear
 from quartet_kernels.philox import make_seed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -201,3 +201,22 @@ def test_more_than_two_to_the_31_elements():
     for rows in range(0, tokens, 1 << 16):
         exact += dy[rows : rows + (1 << 16)].float().T @ x[rows : rows + (1 << 16)].detach().float()
     assert ((weight.grad.float() - exact).norm() / exact.norm()).item() < 0.3
+
+
+@pytest.mark.parametrize("options", [{}, {"backward_dtype": "mxfp8"}, {"backward_rounding": "stochastic"}], ids=str)
+@pytest.mark.parametrize("tiled", [False, True], ids=["scales by rows", "tiled scales"])
+def test_native_by_decomposition(tiled, options, monkeypatch):
+    """Where there are no FP4 units Triton multiplies in bfloat16, which gives the same numbers; tiled scales by TMA."""
+    from quartet_kernels.triton import backend, mxfp8, quantize
+
+    if tiled and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    monkeypatch.setitem(backends._REQUIREMENTS, "native", lambda device: None)
+    for module in (backend, mxfp8, quantize):
+        monkeypatch.setattr(module, "tiles_scales", lambda device: tiled)
+    arguments = tensors(tokens=300, inputs=416, dtype=torch.float32)
+    results = [
+        step(*arguments, QuartetConfig(backend=name, **options), seed_tensor(0)) for name in ("native", "reference")
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() < 2e-3 * expected.norm()

@@ -12,11 +12,13 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 from quartet_kernels.triton import fp8_matmul, matmul, native_matmul  # noqa: E402
+from quartet_kernels.triton.common import tile_scales  # noqa: E402
 from quartet_kernels.triton.expand import expand  # noqa: E402
 from quartet_kernels.triton.mxfp8 import quantize_mxfp8  # noqa: E402
 
-PRODUCTS = ("packed", "native", "mxfp8", "fast", "precise", "pointer")
-"""`native` and `mxfp8` run by Triton's decomposition to bfloat16 where there are no FP4 units."""
+PRODUCTS = ("packed", "native", "tiled", "mxfp8", "fast", "precise", "pointer")
+"""Without FP4 units `native`, `tiled` (scales as capability 10.x reads them, by TMA) and `mxfp8` are decomposed to
+bfloat16 by Triton."""
 FAST_ERROR = 2e-3
 OUTLIER_ERROR = 3e-4
 
@@ -26,6 +28,11 @@ def product(which: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Te
     if which in ("packed", "native"):
         module = matmul if which == "packed" else native_matmul
         return module.matmul(case.a, case.a_scales, case.b, case.b_scales, **case.epilogue)
+    if which == "tiled":
+        if torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("needs TMA")
+        a_scales, b_scales = tile_scales(case.a_scales), tile_scales(case.b_scales)
+        return native_matmul.matmul(case.a, a_scales, case.b, b_scales, **case.epilogue)
     if which == "mxfp8":  # E4M3 holds every number of a group of E2M1
         a = quantize_mxfp8(decode(case.a, case.a_scales), transpose=False, native=True)
         b = quantize_mxfp8(decode(case.b, case.b_scales), transpose=False, native=True)
@@ -63,7 +70,7 @@ def test_random_products(which: str, monkeypatch) -> None:
         limit = ROUNDING[dtype]
         if which == "fast":
             limit += FAST_ERROR
-        elif which not in ("packed", "native", "mxfp8"):
+        elif which not in ("packed", "native", "tiled", "mxfp8"):
             limit += 3e-5 if spread == 2 and not outliers else OUTLIER_ERROR
         actual = product(which, case, monkeypatch)
         error = relative_error(actual, case.expected)

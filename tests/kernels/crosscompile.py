@@ -1,10 +1,10 @@
-"""Compile GEMMs and quantisers for GPUs that are not here; print what the compilers made of them, a JSON object a line.
+"""Compile every kernel for GPUs that are not here; print what the compilers made of each, a JSON object a line.
 
-    python tests/kernels/crosscompile.py [--arch 90 --arch 100 ...]
+    python tests/kernels/crosscompile.py [--arch 90 --arch 100 ...] [--part 1/2]
     python tests/kernels/crosscompile.py --amd
 
 Needs neither a GPU nor a driver: Triton brings its assemblers. Must not run under TRITON_INTERPRET=1, which turns every
-kernel into a Python function.
+kernel into a Python function. `resources.py` makes a table of it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -31,11 +31,23 @@ AMD = "--amd" in sys.argv
 if AMD:  # kernels ask when they are made
     torch.version.hip = "cross-compiling"
 
-from quartet_kernels.triton import fp8_matmul, matmul, native_matmul, quantize, requantize  # noqa: E402
+from quartet_kernels.triton import (  # noqa: E402
+    decode,
+    expand,
+    fp8_matmul,
+    matmul,
+    mxfp8,
+    native_matmul,
+    quantize,
+    requantize,
+)
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-PACKED_ARCHITECTURES = ("80", "86", "89", "90", "100", "103", "120", "gfx942", "gfx950")
-NATIVE_ARCHITECTURES = ("100", "103", "120", *(("121",) if TRITON >= (3, 9) else ()), "gfx950")
+LATEST = ("121",) if TRITON >= (3, 9) else ()
+ARCHITECTURES = ("80", "86", "89", "90", "100", "103", "120", *LATEST, "gfx942", "gfx950")
+FP8 = ("89", "90")
+TILED = ("100", "103")
+NATIVE = (*TILED, "120", *LATEST, "gfx950")
 TYPES = {
     "a_ptr": "*u8", "b_ptr": "*u8", "a_scales_ptr": "*u8", "b_scales_ptr": "*u8", "a_scale_ptr": "*fp32",
     "b_scale_ptr": "*fp32", "bias_ptr": "*bf16", "mask_ptr": "*i32", "rotation_ptr": "*fp32", "alpha": "fp32",
@@ -46,30 +58,49 @@ BACKWARD = {"BIAS": False, "MASK": True, "G": 32, "PIECES": 2}
 BACKWARD_FLOAT32 = BACKWARD | {"PIECES": 3}
 EPILOGUES = {"forward": FORWARD, "backward": BACKWARD, "backward_float32": BACKWARD_FLOAT32}
 MATRIX_INSTRUCTION = re.compile(
-    r"^\s*(?:@!?%?\w+\s+)?((?:tcgen05\.mma|wgmma\.mma_async|mma\.sync)[\w.:]*)", re.MULTILINE
+    r"^\s*(?:@!?%?\w+\s+)?((?:tcgen05\.(?:mma|cp)|wgmma\.mma_async|mma\.sync)[\w.:]*)", re.MULTILINE
 )
 AMD_INSTRUCTION = re.compile(r"^\s*(v_mfma\w+)", re.MULTILINE)
+RUN_TIME = ("M", "n_rows", "n_groups", "n_tokens")
+"""Numbers of tokens: launches promise nothing about them."""
 
 
-def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str], int, int]]:
-    """(architecture, kernel, epilogue, function, constexprs, more types, warps, stages) of default configurations."""
+class Case(NamedTuple):
+    """One kernel in its default configuration: constexpr arguments (None for pointers that are left out), types of the
+    others where they are not those of TYPES, warps and stages."""
+
+    arch: str
+    kernel: str
+    epilogue: str
+    function: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    warps: int
+    stages: int = 3
+
+
+def products() -> Iterator[Case]:
+    """The GEMMs."""
     for name, epilogue in EPILOGUES.items():
         out = "fp32" if epilogue["PIECES"] == 3 else "bf16"
         # Of the portable kernel the two ends only: between them lies nothing new.
-        for arch in PACKED_ARCHITECTURES if name != "backward" else ():
+        for arch in ARCHITECTURES if name != "backward" else ():
             major = 9 if arch.startswith("gfx") else int(arch) // 10
             tile = matmul.PACKED_TILES.get(major, matmul.SMALL_PACKED_TILE)
             blocks = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True), GROUP_M=8)
-            yield arch, "packed", name, matmul.packed_matmul_kernel, epilogue | blocks, {"c_ptr": "*" + out}, 8, 3
-        for arch in NATIVE_ARCHITECTURES:
-            blocks = {
-                "BLOCK_M": native_matmul.BLOCK_M,
-                "BLOCK_N": native_matmul.BLOCK_N,
-                "BLOCK_K": native_matmul.BLOCK_K,
-            }
-            constants = epilogue | blocks | {"GROUP_M": 8}
-            types = {"c_ptr": "*" + out}
-            yield arch, "native", name, native_matmul.native_matmul_kernel, constants, types, native_matmul.WARPS, 3
+            yield Case(arch, "packed", name, matmul.packed_matmul_kernel, epilogue | blocks, {"c_ptr": "*" + out}, 8)
+        block_m, block_n, warps = native_matmul.BLOCK_M, native_matmul.BLOCK_N, native_matmul.WARPS
+        for arch in NATIVE:
+            for operands, form in (("mxfp4", "e2m1"), ("mxfp8", "e4m3")) if epilogue["MASK"] else (("mxfp4", "e2m1"),):
+                element, per_byte = ("u8", 2) if form == "e2m1" else ("fp8e4nv", 1)
+                block_k = native_matmul.BLOCK_K * (per_byte if arch in TILED else 1)
+                constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "FORMAT": form}
+                types = {"c_ptr": "*" + out, "a_ptr": "*" + element, "b_ptr": "*" + element}
+                for side, block in (("a", block_m), ("b", block_n)):
+                    types[f"{side}_desc"] = f"tensordesc<{element}[{block}, {block_k // per_byte}]>"
+                    types[f"{side}_scales_desc"] = f"tensordesc<u8[1, {block // 128}, {block_k // 128}, 2, 256]>"
+                function = native_matmul.native_tma_kernel if arch in TILED else native_matmul.native_matmul_kernel
+                yield Case(arch, f"native_{operands}", name, function, epilogue | constants, types, warps)
         for precise in (False, True):
             out_bytes = 4 if out == "fp32" else 2
             tile = fp8_matmul.tma_tile(16384, 4096, 132, precise, epilogue["MASK"], epilogue["G"], out_bytes)
@@ -83,42 +114,97 @@ def cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str]
                 "c_desc": f"tensordesc<{out}[{tile.block_m}, {tile.block_n // tile.parts}]>",
             }
             kernel = "fp8_precise" if precise else "fp8_fast"
-            yield "90", kernel, name, fp8_matmul.fp8_tma_kernel, constants, types, tile.warps, tile.stages
+            yield Case("90", kernel, name, fp8_matmul.fp8_tma_kernel, constants, types, tile.warps, tile.stages)
         constants = epilogue | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "PRECISE": False}
         types = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*" + out}
-        for arch in ("89", "90"):
-            yield arch, "fp8_pointer", name, fp8_matmul.fp8_pointer_kernel, constants, types, 8, 2
+        for arch in FP8:
+            yield Case(arch, "fp8_pointer", name, fp8_matmul.fp8_pointer_kernel, constants, types, 8, 2)
 
 
-QUANTISER_ARCHITECTURES = ("80", "90", "100", "120", "gfx942", "gfx950")
 QUANTISER_TYPES = {
     "x_ptr": "*bf16", "matrix_ptr": "*bf16", "seed_ptr": "*i64", "codes_ptr": "*i32", "scales_ptr": "*u8",
-    "mask_ptr": "*u8", "in_codes_ptr": "*u8", "in_scales_ptr": "*u8", "n_rows": "i32", "n_groups": "i32",
-    "n_tokens": "i32", "n_features": "i32", "factor": "fp32", "row_stride": "i32",
+    "tiled_ptr": "*u8", "mask_ptr": "*u8", "data_ptr": "*bf16", "row_scale_ptr": "*fp32", "in_codes_ptr": "*u8",
+    "in_scales_ptr": "*u8", "n_rows": "i32", "n_groups": "i32", "n_tokens": "i32", "n_features": "i32",
+    "n_columns": "i32", "factor": "fp32", "row_stride": "i32",
 }  # fmt: skip
-RUN_TIME = ("M", "n_rows", "n_groups", "n_tokens")
-"""Numbers of tokens: launches promise nothing about them."""
 
 
-def quantiser_cases() -> Iterator[tuple[str, str, str, Any, dict[str, Any], dict[str, str], int, int]]:
-    """The same of the quantisers that write packed codes: forward, gradient by column, packed to transposed."""
-    forward = {
-        "signs_ptr": None, "seed_ptr": None, "data_ptr": None, "row_scale_ptr": None, "row_stride": 0,
-        "CONTIGUOUS": True, "G": 32, "METHOD": "rms", "RULE": "mse", "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": None,
-        "R": quantize.GROUPS_PER_TILE, "PER_ROW": 1, "STAGES": quantize.STAGES,
+def quantisers(arch: str) -> Iterator[Case]:
+    """The quantisers, with the operand format of an architecture's backend."""
+    warps, form = quantize.NUM_WARPS, "packed"
+    unused: dict[str, Any] = {"signs_ptr": None, "data_ptr": None, "tiled_ptr": None}
+    if arch in TILED:
+        form, written = "tiled", {"signs_ptr": None, "data_ptr": None, "scales_ptr": None}
+    elif arch in ("80", "86"):
+        form, written = "bf16", {"signs_ptr": None, "codes_ptr": None, "scales_ptr": None, "tiled_ptr": None}
+    else:
+        written = unused
+    rows = {
+        "CONTIGUOUS": True, "G": 32, "STOCHASTIC": False, "ROLE": 0, "R": quantize.GROUPS_PER_TILE, "PER_ROW": 0,
+        "STAGES": quantize.STAGES, "row_scale_ptr": None, "row_stride": 0,
     }  # fmt: skip
-    tile = {
-        "signs_ptr": None, "data_ptr": None, "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1,
-        "TOKENS": quantize.TOKENS_PER_TILE, "FEATURES": quantize.FEATURES_PER_TILE,
-        "STAGES": quantize.TRANSPOSED_STAGES,
+    kept = {name: value for name, value in written.items() if name not in ("codes_ptr", "scales_ptr")}
+    forward = rows | kept | {"seed_ptr": None, "METHOD": "rms", "RULE": "mse", "SIGN_ROLE": None}
+    gradient = rows | written | {"mask_ptr": None, "METHOD": "abs_max", "RULE": None, "SIGN_ROLE": 0}
+    types = QUANTISER_TYPES
+    if arch in FP8:  # whole rows, as FP8 at once
+        form, types = "fp8", QUANTISER_TYPES | {"data_ptr": "*i32"}
+        absent: dict[str, Any] = {"codes_ptr": None, "scales_ptr": None, "tiled_ptr": None, "signs_ptr": None}
+        gradient = {name: value for name, value in gradient.items() if name not in ("data_ptr", "row_scale_ptr")}
+        del gradient["row_stride"]
+        gradient |= absent | {"PER_ROW": 128}
+    tile = written | {
+        "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1, "TOKENS": quantize.TOKENS_PER_TILE,
+        "FEATURES": quantize.FEATURES_PER_TILE, "STAGES": quantize.TRANSPOSED_STAGES,
     }  # fmt: skip
-    for arch in QUANTISER_ARCHITECTURES:
-        for name, function, constants in (
-            ("quantize_rows", quantize.quantize_rows_kernel, forward),
-            ("quantize_columns", quantize.quantize_columns_kernel, tile),
-            ("requantize", requantize.requantize_kernel, tile),
-        ):
-            yield arch, name, "packed", function, constants, QUANTISER_TYPES, quantize.NUM_WARPS, 1
+    yield Case(arch, "quantize_forward", form, quantize.quantize_rows_kernel, forward, types, warps)
+    yield Case(arch, "quantize_rows", form, quantize.quantize_rows_kernel, gradient, types, warps)
+    yield Case(arch, "quantize_columns", form, quantize.quantize_columns_kernel, tile, types, warps)
+    yield Case(arch, "requantize", form, requantize.requantize_kernel, tile, types, warps)
+
+    native = arch in NATIVE
+    for name, packed, transpose in (("rows", False, False), ("columns", False, True), ("packed", True, True)):
+        constants = {"TRANSPOSE": transpose, "TILED": arch in TILED, "ROWS": mxfp8.ROWS, "COLUMNS": mxfp8.COLUMNS}
+        constants |= ({} if packed else {"in_scales_ptr": None}) | ({} if native else {"scales_ptr": None})
+        types = QUANTISER_TYPES | ({"data_ptr": "*fp8e4nv"} if native else {}) | ({"x_ptr": "*u8"} if packed else {})
+        form = "bf16" if not native else "tiled" if arch in TILED else "packed"
+        yield Case(arch, f"mxfp8_{name}", form, mxfp8.mxfp8_kernel, constants, types, mxfp8.WARPS)
+
+
+def others(arch: str) -> Iterator[Case]:
+    """What is left: inverse rotation, dequantisation, expansion to FP8, the product of few tokens."""
+    types = {"acc_ptr": "*fp32", "c_ptr": "*bf16", "codes_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": "*bf16"}
+    rotation = {"MASK": True, "G": 32, "PIECES": 2, "BLOCK_M": 64, "BLOCK_N": 128}
+    yield Case(arch, "unrotate", "", matmul.unrotate_kernel, rotation, types, 4)
+    yield Case(arch, "dequantize", "", matmul.dequantize_kernel, {"BLOCK_M": 32, "BLOCK_K": 256}, types, 4)
+    few = {
+        "BIAS": False, "BLOCK_N": decode.ROWS, "GROUPS": decode.GROUPS, "TOKENS": 8, "WHOLE": True,
+        "STAGES": decode.STAGES if arch in ("80", "90", "100", "103", "gfx950") else decode.FEW_STAGES,
+        "NVIDIA": not arch.startswith("gfx"),
+    }  # fmt: skip
+    yield Case(arch, "decode", "", decode.decode_kernel, few, types | {"x_ptr": "*u32"}, decode.GROUPS)
+    if arch in FP8:
+        constants = {"CHECK_CODES": False, "ROWS": 1, "PAIRS": expand.PAIRS}
+        types = {"codes_ptr": "*i32", "scales_ptr": "*u8", "data_ptr": "*i32", "row_scale_ptr": "*fp32"}
+        yield Case(arch, "expand", "", expand.expand_kernel, constants, types, expand.WARPS)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel for every GPU that may run it."""
+    yield from products()
+    for arch in ARCHITECTURES:
+        yield from quantisers(arch)
+        yield from others(arch)
+
+
+class Device:
+    """What kernels ask about the GPU that they are compiled for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -134,30 +220,38 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_case(arch: str, function: Any, constants: dict, types: dict[str, str], warps: int, stages: int) -> dict:
+def compile_case(case: Case) -> dict:
     """Compile one kernel with the specialisations a launch would have; instructions and resources."""
-    types = TYPES | types
-    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    types = TYPES | {"n_rows": "i32", "n_groups": "i32"} | case.types
+    function = case.function
+    signature = {name: "constexpr" if name in case.constants else types[name] for name in function.arg_names}
     divisible = [
         (index,)
         for index, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or (kind == "i32" and name not in RUN_TIME)
     ]
     source = ASTSource(
-        function, signature, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in divisible}
+        function, signature, constexprs=case.constants, attrs={i: [["tt.divisibility", 16]] for i in divisible}
     )
-    amd = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
-    kernel = compile_source(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    amd = case.arch.startswith("gfx")
+    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch), 32)
+    triton.runtime.driver.set_active(Device(target))
+    kernel = compile_source(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
     if amd:
         text = kernel.asm["amdgcn"]
         number = {key: int(re.search(rf"{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         found, registers, stack = AMD_INSTRUCTION.findall(text), number["vgpr_count"], 4 * number["vgpr_spill_count"]
     else:
-        found = MATRIX_INSTRUCTION.findall(kernel.asm["ptx"])
+        text = kernel.asm["ptx"]
+        found = MATRIX_INSTRUCTION.findall(text)
         registers, stack = registers_and_stack(kernel.asm["cubin"])
     return {
+        "arch": case.arch,
+        "kernel": case.kernel,
+        "epilogue": case.epilogue,
         "instructions": dict(Counter(found)),
+        "conversions": text.count("cvt.rn.satfinite.e2m1x2.f32"),
+        "warps": case.warps,
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
@@ -169,11 +263,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", help="compute capability without the dot; all by default")
     parser.add_argument("--amd", action="store_true", help="AMD's architectures instead of NVIDIA's")
-    chosen = parser.parse_args().arch
-    for arch, kernel, epilogue, function, constants, types, warps, stages in (*cases(), *quantiser_cases()):
-        if arch.startswith("gfx") == AMD and (chosen is None or arch in chosen):
-            row = compile_case(arch, function, constants, types, warps, stages)
-            print(json.dumps({"arch": arch, "kernel": kernel, "epilogue": epilogue} | row), flush=True)  # noqa: T201
+    parser.add_argument("--part", default="1/1", help="I/N: every N-th kernel from the I-th on")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    chosen = [case for case in cases() if case.arch.startswith("gfx") == AMD]
+    chosen = [case for case in chosen if options.arch is None or case.arch in options.arch]
+    for case in chosen[part - 1 :: parts]:
+        print(json.dumps(compile_case(case)), flush=True)  # noqa: T201
     return 0
 
 

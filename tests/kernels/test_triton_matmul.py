@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels")
 
 from quartet_kernels.triton import fp8_matmul, matmul, native_matmul  # noqa: E402
+from quartet_kernels.triton.common import tile_scales  # noqa: E402
 from quartet_kernels.triton.mxfp8 import quantize_mxfp8  # noqa: E402
 
-PRODUCTS = ("packed", "native", "mxfp8", "fast", "precise", "pointer")
+PRODUCTS = ("packed", "native", "tiled", "mxfp8", "fast", "precise", "pointer")
 
 
 @pytest.fixture
@@ -29,6 +30,9 @@ def product(which: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Te
     if which in ("packed", "native"):
         module = matmul if which == "packed" else native_matmul
         return module.matmul(case.a, case.a_scales, case.b, case.b_scales, **case.epilogue)
+    if which == "tiled":
+        a_scales, b_scales = tile_scales(case.a_scales), tile_scales(case.b_scales)
+        return native_matmul.matmul(case.a, a_scales, case.b, b_scales, **case.epilogue)
     if which == "mxfp8":  # E4M3 holds every number of a group of E2M1
         return native_matmul.matmul(*mxfp8(case.a, case.a_scales), *mxfp8(case.b, case.b_scales), **case.epilogue)
     if which == "pointer":
@@ -91,7 +95,11 @@ def test_extreme_scales(which: str, generator, monkeypatch) -> None:
     case.a_scales.fill_(1)
     case.b_scales.fill_(252)
     case.expected = decode(case.a, case.a_scales, torch.float64) @ decode(case.b, case.b_scales, torch.float64).T
-    if which not in ("packed", "native"):  # MXFP8 flushes groups below 2^-117, FP8 the small ones of rows below 2^-113
+    if which not in (
+        "packed",
+        "native",
+        "tiled",
+    ):  # MXFP8 flushes groups below 2^-117, FP8 the small ones of rows below 2^-113
         case.a_scales.fill_(20)
         case.expected *= 2.0**19
     assert relative_error(product(which, case, monkeypatch), case.expected) < 1e-5

@@ -1,9 +1,11 @@
 """The quantising kernels, in Triton's interpreter, equal the reference bit for bit."""
 
+import functools
 import itertools
 
 import pytest
 import torch
+from gemm_cases import untile
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -15,6 +17,7 @@ from quartet_kernels import reference  # noqa: E402
 from quartet_kernels.config import QuartetConfig  # noqa: E402
 from quartet_kernels.mxfp4 import decode, pack_codes, scale_values, unpack_codes, unpack_mask  # noqa: E402
 from quartet_kernels.philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, draw_signs, make_seed  # noqa: E402
+from quartet_kernels.triton.common import tile_scales  # noqa: E402
 from quartet_kernels.triton.expand import expand  # noqa: E402
 from quartet_kernels.triton.mxfp8 import quantize_mxfp8  # noqa: E402
 from quartet_kernels.triton.quantize import quantize_backward, quantize_forward  # noqa: E402
@@ -343,6 +346,29 @@ def test_expand_span_and_edges():
     torch.testing.assert_close(data.float(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(70, 96), (160, 256), (256, 128)])
+def test_tiled_scales(shape):
+    """Those of the operands of GPUs of capability 10.x; of groups that do not exist, 127."""
+    x = edge_groups().repeat(16, 4)[: shape[0], : shape[1]]
+    codes, scales, _, data, tiled = quantize_forward(x, config=QuartetConfig(), mask=False, operand="native")
+    assert data is None
+    assert torch.equal(untile(tiled, *scales.shape), scales)
+    assert torch.equal(untile(tile_scales(scales), *scales.shape), scales)
+    assert tiled.shape == tile_scales(scales).shape
+    if shape[1] % 128:
+        assert (untile(tiled, shape[0], scales.shape[1] + 1)[:, -1] == 127).all()
+    arguments = backward_arguments("stochastic", "drawn")
+    for quantize, source in (
+        (quantize_backward, (x,)),
+        (functools.partial(quantize_backward, transpose=True), (x,)),
+        (requantize, (codes, scales)),
+    ):
+        expected_codes, expected = quantize(*source, **arguments)
+        ours, tiled = quantize(*source, operand="native", **arguments)
+        assert torch.equal(ours, expected_codes)
+        assert torch.equal(untile(tiled, *expected.shape), expected)
+
+
 def assert_mxfp8(expected: Tensor, *x: Tensor, transpose: bool) -> None:
     """Both operand formats hold exactly the reference's values."""
     data, scale = quantize_mxfp8(*x, transpose=transpose, native=False)
@@ -352,6 +378,7 @@ def assert_mxfp8(expected: Tensor, *x: Tensor, transpose: bool) -> None:
     data, scales = quantize_mxfp8(*x, transpose=transpose, native=True)
     assert data.dtype == torch.float8_e4m3fn
     assert data.float().isfinite().all()
+    scales = untile(scales, len(data), data.shape[1] // 32)
     values = data.float().unflatten(-1, (-1, 32)) * scale_values(scales)[..., None]
     torch.testing.assert_close(values.flatten(-2), expected, rtol=0, atol=0, equal_nan=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..reference import Operand
 from . import fp8_matmul, matmul, native_matmul
+from .common import tile_scales, tiles_scales
 from .expand import expand as expand_fp8
 from .mxfp8 import quantize_mxfp8
 from .quantize import quantize_backward, quantize_forward
@@ -24,7 +25,10 @@ def make_backend(name: str) -> Backend:
     multiply: Callable[..., Tensor]
     if name in ("native", "triton"):
         operand, expand, empty_operand = "packed", _expand_packed, _empty_packed
-        multiply = functools.partial(_matmul_packed, native_matmul.matmul if name == "native" else matmul.matmul)
+        multiply = functools.partial(_matmul_packed, matmul.matmul)
+        if name == "native":
+            operand, expand, empty_operand = "native", _expand_native, _empty_native
+            multiply = functools.partial(_matmul_packed, native_matmul.matmul)
     elif name == "fp8":
         operand, expand, empty_operand, multiply = "fp8", _expand_fp8, _empty_fp8, _matmul_fp8
     else:
@@ -40,7 +44,7 @@ def make_backend(name: str) -> Backend:
         matmul_mxfp8=functools.partial(matmul_mxfp8, native=name == "native"),
         unrotate=matmul.unrotate,
         empty_operand=empty_operand,
-        packed=operand == "packed",
+        packed=operand in ("packed", "native"),
     )
 
 
@@ -50,6 +54,14 @@ def _requantize(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.flo
 
 def _empty_packed(x: Tensor, rows: int, columns: int) -> Operand:
     return x.new_empty(rows, columns // 2, dtype=torch.uint8), x.new_empty(rows, columns // 32, dtype=torch.uint8)
+
+
+def _empty_native(x: Tensor, rows: int, columns: int) -> Operand:
+    if not tiles_scales(x.device):
+        return _empty_packed(x, rows, columns)
+    # Of the shape only: the fill of `empty_tiled` is no part of a fake.
+    scales = x.new_empty((rows + 127) // 128, (columns // 32 + 3) // 4, 2, 256, dtype=torch.uint8)
+    return x.new_empty(rows, columns // 2, dtype=torch.uint8), scales
 
 
 def _empty_fp8(x: Tensor, rows: int, columns: int) -> Operand:
@@ -62,6 +74,10 @@ def _empty_bf16(x: Tensor, rows: int, columns: int) -> Operand:
 
 def _expand_packed(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
     return codes, scales
+
+
+def _expand_native(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:
+    return codes, tile_scales(scales) if tiles_scales(codes.device) else scales
 
 
 def _expand_fp8(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32) -> Operand:

@@ -8,6 +8,7 @@ Every decision is taken on float32 bit fields; no logarithm, no division, no com
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: products are float64, casts by bits."""
@@ -19,6 +20,31 @@ QUEST_SCALE = tl.constexpr(0.48707976)
 MIN_EXPONENT = tl.constexpr(-126)
 MAX_EXPONENT = tl.constexpr(125)
 FIRST_NOT_FINITE = tl.constexpr(0x7F800000)
+
+
+def tiles_scales(device: torch.device) -> bool:
+    """Whether the tensor cores of a device want scales tiled: those of compute capability 10.x; the interpreter's, too,
+    so that tests see them."""
+    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10)
+
+
+def empty_tiled(rows: int, groups: int, device: torch.device) -> torch.Tensor:
+    """Scales uint8 [rows / 128, groups / 4, 2, 256], rounded up, of 128 x 4 each: a block that TMA brings to shared
+    memory as `tcgen05.cp` takes it into tensor memory. Of groups that do not exist it is 127: 255 times code 0 is NaN.
+    """
+    shape = ((rows + 127) // 128, (groups + 3) // 4, 2, 256)
+    # Rows that do not exist give elements that are not stored: what is in them does not matter.
+    if groups % 4:
+        return torch.full(shape, 127, dtype=torch.uint8, device=device)
+    return torch.empty(shape, dtype=torch.uint8, device=device)
+
+
+def tile_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales uint8 [rows, groups] in the layout of `empty_tiled`: [row % 32, row // 32, group] in each block."""
+    rows, groups = scales.shape
+    padded = torch.nn.functional.pad(scales, (0, -groups % 4, 0, -rows % 128), value=127)
+    blocks = padded.view(-1, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
+    return blocks.reshape(padded.shape[0] // 128, padded.shape[1] // 4, 2, 256)
 
 
 @triton.jit
@@ -402,17 +428,43 @@ def pack_words(indices, signs):
     return words
 
 
+@triton.constexpr_function
+def converts_to_e2m1():
+    """Whether the GPU that is compiled for has `cvt.rn.satfinite.e2m1x2`: 10.x and 12.x alike. Its stochastic sister
+    `cvt.rs.satfinite.e2m1x4` is left alone: 12.x lacks it, and it does not take this package's random bits."""
+    target = None if PORTABLE.value else current_target()
+    return target is not None and target.backend == "cuda" and target.arch >= 100
+
+
+@triton.jit
+def round_and_pack(u):
+    """Words [R, 4] of eight codes: u [R, 4, 8] rounded to E2M1, ties to even, saturating at 6; NaN becomes 6."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = split_last(u)
+    return tl.inline_asm_elementwise(
+        "{.reg .b8 p, q, r, s; cvt.rn.satfinite.e2m1x2.f32 p, $2, $1; cvt.rn.satfinite.e2m1x2.f32 q, $4, $3;"
+        " cvt.rn.satfinite.e2m1x2.f32 r, $6, $5; cvt.rn.satfinite.e2m1x2.f32 s, $8, $7; mov.b32 $0, {p, q, r, s};}",
+        "=r,f,f,f,f,f,f,f,f", [x0, x1, x2, x3, x4, x5, x6, x7], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def tiled_scale_at(row, group, per_row):
+    """Where the scale of a group lies in the layout of `tile_scales`: row of the operand, group in it, groups a row."""
+    tile = (row // 128).to(tl.int64) * tl.cdiv(per_row, 4) + group // 4
+    return tile * 512 + (row % 32 * 16 + row // 32 % 4 * 4 + group % 4)
+
+
 @triton.jit
 def quantize_groups(
     v, groups, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
-    row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1,
+    row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1, tiled_ptr=None, per_row=1,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
 
     Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask uint8
-    [groups, 4], data bfloat16 [groups, 32]. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is
-    rounded).
+    [groups, 4], data bfloat16 [groups, 32], `tiled_ptr` the scales again as in `tiled_scale_at`, for rows of `per_row`
+    groups. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
 
     With `row_scale_ptr`, data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS whole rows of the
     operand from `first_row` on, padded with zeros.
@@ -444,8 +496,11 @@ def quantize_groups(
         values = signed(values, v.to(tl.uint32, bitcast=True))
 
     if codes_ptr is not None:
-        words = pack_words(rounded.to(tl.uint32, bitcast=True), v.to(tl.uint32, bitcast=True))
-        words = words.to(tl.int32, bitcast=True)
+        if not STOCHASTIC and converts_to_e2m1():
+            words = round_and_pack(signed(magnitude, v.to(tl.uint32, bitcast=True)))
+        else:
+            words = pack_words(rounded.to(tl.uint32, bitcast=True), v.to(tl.uint32, bitcast=True))
+            words = words.to(tl.int32, bitcast=True)
         words = tl.where((finite & ~zero)[:, None], words, 0)
         words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(codes_ptr + words_at, words, mask=inside[:, None])
@@ -453,6 +508,9 @@ def quantize_groups(
     byte = tl.where(finite, tl.where(zero, 0, byte), 255)
     if scales_ptr is not None:
         tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
+    if tiled_ptr is not None:
+        index = groups.to(tl.int32)
+        tl.store(tiled_ptr + tiled_scale_at(index // per_row, index % per_row, per_row), byte.to(tl.uint8), mask=inside)
     if mask_ptr is not None:
         weights = ((127 + tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)[None, None, :]
         keep = tl.sum(is_below_six(magnitude) * weights, axis=2)

@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FIRST_NOT_FINITE, INTERPRET, largest_bits, per_element, power_of_two, to_bfloat16, to_float32
+from .common import (
+    FIRST_NOT_FINITE,
+    INTERPRET,
+    empty_tiled,
+    largest_bits,
+    per_element,
+    power_of_two,
+    tiled_scale_at,
+    tiles_scales,
+    to_bfloat16,
+    to_float32,
+)
 from .launch import cdiv, launch
 from .matmul import decode_tile
 
@@ -26,10 +37,10 @@ MAX_EXPONENT = tl.constexpr(119)
 @triton.jit(do_not_specialize=["n_rows"])
 def mxfp8_kernel(
     x_ptr, in_scales_ptr, data_ptr, scales_ptr, n_rows, n_columns, row_stride,
-    TRANSPOSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSE: tl.constexpr, TILED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of x [n_rows, n_columns], or (in_scales_ptr) of packed codes, to data [operand's groups, 32]: E4M3 beside
-    scales [groups], or bfloat16 where `scales_ptr` is None."""
+    scales [groups] (TILED as for a GEMM of capability 10.x), or bfloat16 where `scales_ptr` is None."""
     R: tl.constexpr = ROWS * COLUMNS // 32
     tiles = tl.cdiv(n_columns, COLUMNS)
     first_row = tl.program_id(0) // tiles * ROWS
@@ -71,7 +82,8 @@ def mxfp8_kernel(
     if scales_ptr is not None:
         data = tl.where(per_element(finite), values, 0.0).to(tl.float8e4nv)
         byte = tl.where(finite, tl.where(largest == 0, 0, exponent + 127), 255)
-        tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
+        scale_at = tiled_scale_at(out_row, group, per_row) if TILED else groups
+        tl.store(scales_ptr + scale_at, byte.to(tl.uint8), mask=inside)
     else:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
         data = to_bfloat16(values * per_element(scale))
@@ -85,13 +97,17 @@ def quantize_mxfp8(x: Tensor, scales: Tensor | None = None, *, transpose: bool, 
         x: float32, bfloat16 or float16 [M, N]; or codes uint8 [M, N/2] of a packed tensor, read as code * scale.
         scales: uint8 [M, N/32] of packed codes.
         transpose: Group along M, padded with zeros to a multiple of 32: the operand is [N, M]. Else N is a multiple.
-        native: float8_e4m3fn and scales uint8 [rows, columns / 32]; else bfloat16 and an empty tensor.
+        native: float8_e4m3fn and scales uint8 [rows, columns / 32], tiled on GPUs that want it so; else bfloat16 and an
+            empty tensor.
     """
     rows, columns = x.shape[0], x.shape[1] * (1 if scales is None else 2)
     x = x.contiguous() if scales is not None or x.stride(1) != 1 else x
     shape = (columns, cdiv(rows, 32) * 32) if transpose else (rows, columns)
     data = torch.empty(shape, dtype=torch.float8_e4m3fn if native else torch.bfloat16, device=x.device)
-    if native:
+    tiled = native and tiles_scales(x.device)
+    if tiled:
+        out_scales = empty_tiled(shape[0], shape[1] // 32, x.device)
+    elif native:
         out_scales = torch.empty(shape[0], shape[1] // 32, dtype=torch.uint8, device=x.device)
     else:
         out_scales = torch.empty(0, dtype=torch.float32, device=x.device)
@@ -99,5 +115,5 @@ def quantize_mxfp8(x: Tensor, scales: Tensor | None = None, *, transpose: bool, 
         pointers = (x, None if scales is None else scales.contiguous(), data, out_scales if native else None)
         arguments = (*pointers, rows, columns, x.stride(0))
         programs = cdiv(rows, ROWS) * cdiv(columns, COLUMNS)
-        launch(mxfp8_kernel, x.device, programs, arguments, (transpose, ROWS, COLUMNS), WARPS)
+        launch(mxfp8_kernel, x.device, programs, arguments, (transpose, tiled, ROWS, COLUMNS), WARPS)
     return data, out_scales

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import INTERPRET, load_rotation, quantize_groups, rotate
+from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, tiles_scales
 from .expand import expand
 from .launch import cdiv, launch, next_power_of_2
 
@@ -38,7 +38,7 @@ NUM_WARPS = 4
 @triton.jit(do_not_specialize=["n_rows", "n_groups"])
 def quantize_rows_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr, row_scale_ptr, n_rows, n_groups,
-    factor, row_stride, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
+    factor, row_stride, tiled_ptr, CONTIGUOUS: tl.constexpr, G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr,
     STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr, R: tl.constexpr, PER_ROW: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -81,14 +81,14 @@ def quantize_rows_kernel(
             v = rotate(x, matrix, factor)
             quantize_groups(
                 v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
-                METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, tile * ROWS, n_rows, ROWS,
+                METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, tile * ROWS, n_rows, ROWS, tiled_ptr, n_groups,
             )  # fmt: skip
 
 
 @triton.jit
 def quantize_transposed_tile(
     x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr, data_ptr,
-    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, tiled_ptr=None,
 ):  # fmt: skip
     """Quantise a tile x [tokens, features] along its tokens into the operand [n_features, n_tokens padded to 32]."""
     TOKENS: tl.constexpr = x.shape[0]
@@ -103,14 +103,15 @@ def quantize_transposed_tile(
     groups = feature.to(tl.int64) * groups_per_row + token_group
     inside = (feature < n_features) & (token_group < groups_per_row)
     quantize_groups(
-        v, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE
-    )
+        v, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
+        tiled_ptr=tiled_ptr, per_row=groups_per_row,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def quantize_columns_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features, factor, row_stride,
-    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
+    tiled_ptr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of x [n_tokens, n_features], read along its rows, quantised along its columns."""
@@ -125,7 +126,7 @@ def quantize_columns_kernel(
         x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
         quantize_transposed_tile(
             x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
-            data_ptr, STOCHASTIC, ROLE,
+            data_ptr, STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 
@@ -162,6 +163,9 @@ def empty_operand(
     """(codes, scales, data) that a backward quantiser writes for an operand format; None where it writes none."""
     if operand == "bf16":
         return None, None, torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+    if operand == "native" and tiles_scales(device):
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        return codes, empty_tiled(rows, columns // 32, device), None
     return *empty_codes(rows, columns, device), None
 
 
@@ -186,6 +190,11 @@ def finish_operand(codes: Tensor | None, scales: Tensor | None, data: Tensor | N
     return expand(codes, scales, check_codes=False) if operand == "fp8" else (codes, scales)
 
 
+def scale_pointers(scales: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`scales_ptr` and `tiled_ptr` of the kernels: scales by rows have two dimensions, tiled ones four."""
+    return (None, scales) if scales is not None and scales.dim() == 4 else (scales, None)
+
+
 def words(codes: Tensor | None) -> Tensor | None:
     """Codes as 32-bit words of 8, which is how kernels store them."""
     return None if codes is None else codes.view(torch.int32)
@@ -197,7 +206,8 @@ def quantize_forward(
     """Rotate and project x [M, K], float32, bfloat16 or float16, K a multiple of the rotation's width.
 
     Returns codes uint8 [M, K/2], scales uint8 [M, K/32], clip mask int32 [M, K/32] or None, and the GEMM operand:
-    None, None for ``operand="packed"`` (codes and scales are the operand); ``"fp8"``: float8_e5m2 [M, K] and a float32
+    None, None for ``operand="packed"`` (codes and scales are the operand); ``"native"``: None and the scales once more,
+    tiled, or None where they are read as they are; ``"fp8"``: float8_e5m2 [M, K] and a float32
     [M] of powers of two; ``"bf16"``: bfloat16 [M, K] of ``code * scale`` and an empty tensor.
     """
     rows, columns = x.shape
@@ -214,7 +224,8 @@ def quantize_forward(
     quest = config.forward_method == "quest"
     method = (config.statistic, config.scale_rule) if quest else ("abs_max", None)
     constants = (*method, False, 0, None)
-    _launch_rows(x, matrix, None, None, codes, scales, mask_words, data, row_scale, FORWARD_PROGRAMS, constants)
+    tiled = empty_tiled(rows, columns // 32, x.device) if operand == "native" and tiles_scales(x.device) else None
+    _launch_rows(x, matrix, None, None, codes, scales, mask_words, data, row_scale, FORWARD_PROGRAMS, constants, tiled)
     if whole:
         assert data is not None
         return codes, scales, mask_words, data.view(torch.float8_e5m2), row_scale
@@ -223,7 +234,7 @@ def quantize_forward(
         return codes, scales, mask_words, *expand(codes, scales, check_codes=quest and config.scale_rule == "floor")
     if operand == "bf16":
         return codes, scales, mask_words, data, x.new_empty(0, dtype=torch.float32)
-    return codes, scales, mask_words, None, None
+    return codes, scales, mask_words, None, tiled
 
 
 def _launch_rows(
@@ -238,6 +249,7 @@ def _launch_rows(
     row_scale: Tensor | None,
     per_multiprocessor: int,
     constants: tuple[str | None, str | None, bool, int, int | None],
+    tiled: Tensor | None = None,
 ) -> None:
     """`constants` are those of the kernel from METHOD to SIGN_ROLE."""
     rows, n_groups = x.shape[0], x.shape[1] // 32
@@ -262,7 +274,7 @@ def _launch_rows(
         x.device,
         programs(tiles, x.device, per_multiprocessor),
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
-        + (rows, n_groups, inverse_root(max(width, 1)), row_stride),
+        + (rows, n_groups, inverse_root(max(width, 1)), row_stride, tiled),
         (contiguous, width, *constants, tile, per_row, STAGES),
         NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // 32),
     )
@@ -298,16 +310,18 @@ def quantize_backward(
             _launch_rows(x, matrix, signs, seed, None, None, None, fp8, row_scale, PROGRAMS[rounding], constants)
             return fp8.view(torch.float8_e5m2), row_scale
         codes, scales, data = empty_operand(rows, columns, operand, x.device)
-        _launch_rows(x, matrix, signs, seed, codes, scales, None, data, None, PROGRAMS[rounding], constants)
+        plain, tiled = scale_pointers(scales)
+        _launch_rows(x, matrix, signs, seed, codes, plain, None, data, None, PROGRAMS[rounding], constants, tiled)
         return finish_operand(codes, scales, data, operand)
     codes, scales, data = empty_operand(columns, cdiv(rows, 32) * 32, operand, x.device)
     if x.numel() > 0:
+        plain, tiled = scale_pointers(scales)
         launch(
             quantize_columns_kernel,
             x.device,
             programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), x.device, TRANSPOSED_PROGRAMS),
-            (x, matrix, signs, seed, words(codes), scales, data)
-            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), x.stride(0)),
+            (x, matrix, signs, seed, words(codes), plain, data)
+            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), x.stride(0), tiled),
             (*rounding_constants, TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
             NUM_WARPS,
         )

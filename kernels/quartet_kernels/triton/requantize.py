@@ -23,6 +23,7 @@ from .quantize import (
     inverse_root,
     programs,
     quantize_transposed_tile,
+    scale_pointers,
     words,
 )
 
@@ -50,7 +51,7 @@ def decode_pairs(codes, scale):
 @triton.jit(do_not_specialize=["n_tokens"])
 def requantize_kernel(
     in_codes_ptr, in_scales_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features,
-    factor, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
+    factor, tiled_ptr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the packed tensor [n_tokens, n_features], quantised along its columns."""
@@ -74,7 +75,7 @@ def requantize_kernel(
         x = decode_pairs(codes, scale).reshape(TOKENS, FEATURES)
         quantize_transposed_tile(
             x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
-            data_ptr, STOCHASTIC, ROLE,
+            data_ptr, STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 
@@ -96,12 +97,13 @@ def requantize(
     stochastic = rounding == "stochastic"
     if codes.numel() > 0:
         matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, codes.device, torch.bfloat16)
+        plain, tiled = scale_pointers(new_scales)
         launch(
             requantize_kernel,
             codes.device,
             programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), codes.device, TRANSPOSED_PROGRAMS),
-            (codes.contiguous(), scales.contiguous(), matrix, signs, seed, words(new_codes), new_scales, data)
-            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE)),
+            (codes.contiguous(), scales.contiguous(), matrix, signs, seed, words(new_codes), plain, data)
+            + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), tiled),
             (stochastic, role if stochastic else 0, sign_role if signs is None else None)
             + (TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
             NUM_WARPS,
