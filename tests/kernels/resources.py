@@ -19,8 +19,8 @@ PAGE = ROOT / "docs" / "resources.md"
 INTRODUCTION = """\
 # Resources of the kernels
 
-Each kernel in its default configuration, compiled by Triton {triton} on a machine without a GPU: registers a thread / KiB
-of shared memory a program / columns of tensor memory where there is one; `s` and bytes where registers are spilled.
+Each kernel in its default configuration, compiled by Triton {triton} on a machine without a GPU: registers a thread /
+KiB of shared memory a program / columns of tensor memory where there is one; `s` and bytes where registers are spilled.
 Written by `python tests/kernels/resources.py`; a test compiles the same, looks for the matrix instructions that
 [Hardware](hardware.md) names, and compares this page where the version of Triton is this one. Nothing here was run.
 

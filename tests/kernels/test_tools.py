@@ -1,6 +1,8 @@
 """bench and doctor."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +72,9 @@ def test_tables_have_a_line_for_every_row():
         "linears": [row, row],
     }
     assert len(bench.tables(report).splitlines()) == 2 + 1 + 2 + 1 + 3
+
+
+def test_hardware_page_has_the_estimates():
+    root = Path(__file__).parents[2]
+    table = runpy.run_path(str(root / "benchmarks" / "estimate.py"))["table"]()
+    assert table in (root / "docs" / "hardware.md").read_text(), "run python benchmarks/estimate.py"
