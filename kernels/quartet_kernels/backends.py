@@ -33,7 +33,7 @@ class Backend:
     empty_operand: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
     """(any tensor of the device, rows, elements a row) -> an uninitialised operand; says its shapes and dtypes."""
     packed: bool = False
-    """Operands are the packed codes and scales themselves."""
+    """Operands are packed codes and their scales, which may be laid out in another way than they are kept."""
 
 
 def _reference_operand(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,9 @@ def _advice(device: torch.device) -> list[str]:
     """What would be faster, and combinations known to be bad."""
     advice = []
     try:
-        triton = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+        importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         advice.append("triton is not installed: only the reference backend runs; install triton on Linux.")
-        triton = (0, 0)
     if device.type == "cpu":
         if torch.version.cuda is None and torch.version.hip is None:
             advice.append("this torch is built without GPU support; a CUDA build uses the GPU kernels.")
@@ -57,10 +56,9 @@ def _advice(device: torch.device) -> list[str]:
         advice.append(
             "this GPU has no FP8 tensor cores: products run in bfloat16, so training is not faster than bf16."
         )
-    if capability == (12, 1) and triton < (3, 9):
-        advice.append(
-            "triton before 3.9 compiles FP4 products to bfloat16 on compute capability 12.1; install triton 3.9."
-        )
+    native = available_backends(device)["native"]
+    if "needs triton" in native:
+        advice.append(f"this GPU has FP4 units, which are left alone: backend 'native' {native}.")
     return advice
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quartet_kernels import QuartetConfig, available_backends, mxfp4_matmul, quantize_mxfp4, quartet_linear
 from quartet_kernels.philox import make_seed
@@ -99,3 +100,21 @@ def test_packed_matmul(backend):
     packed = [quantize_mxfp4(tensor, backend=backend) for tensor in (a, b)]
     expected = packed[0].dequantize(torch.float64) @ packed[1].dequantize(torch.float64).T
     assert relative(mxfp4_matmul(*packed, out_dtype=torch.float32, backend=backend), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fake_operators_say_the_shapes_of_every_backends_operands(backend):
+    x = torch.randn(150, 96, device=DEVICE)
+    codes, scales, *_ = torch.ops.quartet.quantize_forward(x, "quest", "rms", "mse", "hadamard", 32, False, "reference")
+    calls = {
+        "quantize_forward": (x, "quest", "rms", "mse", "hadamard", 32, True, backend),
+        "quantize_backward": (x, None, None, None, 4, "nearest", True, backend),
+        "requantize": (codes, scales, None, None, None, 5, "nearest", torch.float32, backend),
+        "expand": (codes, scales, torch.float32, backend),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.quartet, name)
+        with FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        for expected, value in zip(operator(*arguments), fake, strict=True):
+            assert (expected.shape, expected.dtype) == (value.shape, value.dtype), name
