@@ -177,12 +177,12 @@ def others(arch: str) -> Iterator[Case]:
     rotation = {"MASK": True, "G": 32, "PIECES": 2, "BLOCK_M": 64, "BLOCK_N": 128}
     yield Case(arch, "unrotate", "", matmul.unrotate_kernel, rotation, types, 4)
     yield Case(arch, "dequantize", "", matmul.dequantize_kernel, {"BLOCK_M": 32, "BLOCK_K": 256}, types, 4)
-    few = {
-        "BIAS": False, "BLOCK_N": decode.ROWS, "GROUPS": decode.GROUPS, "TOKENS": 8, "WHOLE": True,
-        "STAGES": decode.STAGES if arch in ("80", "90", "100", "103", "gfx950") else decode.FEW_STAGES,
-        "NVIDIA": not arch.startswith("gfx"),
-    }  # fmt: skip
-    yield Case(arch, "decode", "", decode.decode_kernel, few, types | {"x_ptr": "*u32"}, decode.GROUPS)
+    if not arch.startswith("gfx"):  # AMD's GPUs never take it
+        few = {
+            "BIAS": False, "BLOCK_N": decode.ROWS, "GROUPS": decode.GROUPS, "TOKENS": 8, "WHOLE": True, "NVIDIA": True,
+            "STAGES": decode.STAGES if arch in ("80", "90", "100", "103") else decode.FEW_STAGES,
+        }  # fmt: skip
+        yield Case(arch, "decode", "", decode.decode_kernel, few, types | {"x_ptr": "*u32"}, decode.GROUPS)
     if arch in FP8:
         constants = {"CHECK_CODES": False, "ROWS": 1, "PAIRS": expand.PAIRS}
         types = {"codes_ptr": "*i32", "scales_ptr": "*u8", "data_ptr": "*i32", "row_scale_ptr": "*fp32"}

@@ -104,14 +104,10 @@ def test_packed_matmul(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fake_operators_say_the_shapes_of_every_backends_operands(backend):
+    config = QuartetConfig(backend=backend).text
     x = torch.randn(150, 96, device=DEVICE)
-    codes, scales, *_ = torch.ops.quartet.quantize_forward(x, "quest", "rms", "mse", "hadamard", 32, False, "reference")
-    calls = {
-        "quantize_forward": (x, "quest", "rms", "mse", "hadamard", 32, True, backend),
-        "quantize_backward": (x, None, None, None, 4, "nearest", True, backend),
-        "requantize": (codes, scales, None, None, None, 5, "nearest", torch.float32, backend),
-        "expand": (codes, scales, torch.float32, backend),
-    }
+    codes, scales, *_ = torch.ops.quartet.quantize_forward(x, config, False)
+    calls = {"quantize_forward": (x, config, True), "expand": (codes, scales, torch.float32, config)}
     for name, arguments in calls.items():
         operator = getattr(torch.ops.quartet, name)
         with FakeTensorMode() as mode:

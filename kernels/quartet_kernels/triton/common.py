@@ -5,6 +5,8 @@ registers of thread t of the four that hold a row of a matrix product's result, 
 Every decision is taken on float32 bit fields; no logarithm, no division, no comparison table.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ MAX_EXPONENT = tl.constexpr(125)
 FIRST_NOT_FINITE = tl.constexpr(0x7F800000)
 
 
+@lru_cache
 def tiles_scales(device: torch.device) -> bool:
     """Whether the tensor cores of a device want scales tiled: those of compute capability 10.x; the interpreter's, too,
     so that tests see them."""
