@@ -147,12 +147,15 @@ def quantisers(arch: str) -> Iterator[Case]:
     forward = rows | kept | {"seed_ptr": None, "METHOD": "rms", "RULE": "mse", "SIGN_ROLE": None}
     gradient = rows | written | {"mask_ptr": None, "METHOD": "abs_max", "RULE": None, "SIGN_ROLE": 0}
     types = QUANTISER_TYPES
-    if arch in FP8:  # whole rows, as FP8 at once
+    if arch in FP8:  # whole rows, as FP8 at once; of the gradient that alone
         form, types = "fp8", QUANTISER_TYPES | {"data_ptr": "*i32"}
-        absent: dict[str, Any] = {"codes_ptr": None, "scales_ptr": None, "tiled_ptr": None, "signs_ptr": None}
-        gradient = {name: value for name, value in gradient.items() if name not in ("data_ptr", "row_scale_ptr")}
-        del gradient["row_stride"]
-        gradient |= absent | {"PER_ROW": 128}
+        rows_at_once = {"PER_ROW": 128, "row_stride": "run-time", "row_scale_ptr": "run-time", "data_ptr": "run-time"}
+        forward |= rows_at_once
+        gradient |= rows_at_once | {"codes_ptr": None, "scales_ptr": None}
+        forward, gradient = (
+            {name: value for name, value in constants.items() if value != "run-time"}
+            for constants in (forward, gradient)
+        )
     tile = written | {
         "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1, "TOKENS": quantize.TOKENS_PER_TILE,
         "FEATURES": quantize.FEATURES_PER_TILE, "STAGES": quantize.TRANSPOSED_STAGES,
