@@ -140,7 +140,7 @@ def quantisers(arch: str) -> Iterator[Case]:
     else:
         written = unused
     rows = {
-        "CONTIGUOUS": True, "G": 32, "STOCHASTIC": False, "ROLE": 0, "R": quantize.GROUPS_PER_TILE, "PER_ROW": 0,
+        "CONTIGUOUS": True, "G": 32, "STOCHASTIC": False, "ROLE": 0, "R": quantize.GROUPS_PER_TILE, "PER_ROW": 1,
         "STAGES": quantize.STAGES, "row_scale_ptr": None, "row_stride": 0,
     }  # fmt: skip
     kept = {name: value for name, value in written.items() if name not in ("codes_ptr", "scales_ptr")}
