@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import math
 
 import lightning.pytorch as pl
 import pytest
@@ -10,12 +11,14 @@ import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
+    EMAWeightAveraging,
     LearningRateFinder,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 from toy import LateToy, Toy, assert_same, loader, make, trainer, weights
 
 import lightning_quartet.callbacks.qat as qat
@@ -27,6 +30,7 @@ from lightning_quartet import (
     convert_to_quartet,
     revert_from_quartet,
 )
+from quartet_kernels import RECIPES
 
 
 def quartet_names(model: nn.Module) -> list[str]:
@@ -194,6 +198,33 @@ def test_start_step_after_a_resume_and_in_evaluation(tmp_path):
         assert model.net[0].quartet_enabled == enabled
 
 
+@pytest.mark.parametrize("save_at", [5, 6, 7])
+def test_phases_are_exact_under_accumulation_and_after_a_resume(tmp_path, save_at):
+    """Batches 0 to 11, two to a step, MXFP4 from step 2 (batch 4) to step 4 (batch 8); a checkpoint in between."""
+
+    class Saving(Toy):
+        def train_dataloader(self):  # one batch again and again: Lightning resumes an epoch from its first batch
+            return DataLoader(next(iter(loader(1, 0))).repeat(12, 1), batch_size=4)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == save_at - 1 and not (tmp_path / "a.ckpt").exists():
+                self.trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def run(**options) -> Toy:
+        model = make(Saving, dropout=0.0)
+        callback = QuartetQAT("quartet_stochastic", start_step=2, end_step=4)
+        trainer(callbacks=[callback], accumulate_grad_batches=2, limit_val_batches=0).fit(model, **options)
+        return model
+
+    whole = run()
+    assert [(step, enabled) for step, enabled, _ in whole.notes] == [(b // 2, 4 <= b < 8) for b in range(12)]
+    resumed = run(ckpt_path=tmp_path / "a.ckpt")
+    assert_same(resumed.notes, whole.notes[save_at:])
+    if save_at % 2 == 0:  # Lightning saves no gradients: a checkpoint inside an accumulation loses what was added up
+        assert_same(resumed.losses, whole.losses[save_at:])
+        assert_same(weights(resumed), weights(whole))
+
+
 def test_plain_phase_equals_a_plain_run():
     plain, model = make(), make()
     torch.manual_seed(2)
@@ -317,11 +348,91 @@ def test_batch_size_finder(tmp_path):
     assert quartet_names(model) == ["net.0", "net.3"]
 
 
-def test_weight_averaging_validates_quantised_averaged_weights():
-    model = make()
-    t = fit(model, callbacks=[WeightAveraging()], max_epochs=2)
-    average = t.callbacks[-1]._average_model or model
-    assert quartet_names(average)
+class Recording(Toy):
+    """Keeps its weights after each optimizer step and at the start of each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.after_steps, self.at_epochs = [], []
+
+    def on_train_epoch_start(self):
+        self.at_epochs.append(weights(self))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.global_step > len(self.after_steps):
+            self.after_steps.append(weights(self))
+
+
+def average(states: list[dict], decay: float | None) -> dict:
+    """In float64: the mean, or an exponential average."""
+    result = {name: tensor.double() for name, tensor in states[0].items()}
+    for n, state in enumerate(states[1:], start=1):
+        rate = 1 / (n + 1) if decay is None else 1 - decay
+        result = {name: old + (state[name].double() - old) * rate for name, old in result.items()}
+    return result
+
+
+AVERAGES = {
+    "mean": (WeightAveraging, None),
+    "exponential": (lambda: EMAWeightAveraging(decay=0.8), 0.8),
+    "swa": (lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=2), None),
+}
+
+
+@pytest.mark.parametrize("quartet_first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averages_are_those_of_the_weights_on_the_way(kind, quartet_first):
+    make_callback, decay = AVERAGES[kind]
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    callbacks = [QuartetQAT(), make_callback()]
+    model = make(Recording)
+    t = trainer(callbacks=callbacks if quartet_first else callbacks[::-1], **options)
+    t.fit(model)
+    assert len(model.after_steps) == 15
+    states = model.at_epochs[1:] if kind == "swa" else model.after_steps  # it averages as epochs 2 and 3 begin
+    final = weights(model)
+    for name, expected in average(states, decay).items():
+        torch.testing.assert_close(final[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(final["net.0.weight"], model.after_steps[-1]["net.0.weight"])
+    if kind != "swa":  # the last validation was of the quantised averages
+        loss = t.callback_metrics["val_loss"]
+        assert torch.equal(loss, torch.tensor(t.validate(model, verbose=False)[0]["val_loss"]))
+        revert_from_quartet(model)
+        assert not torch.equal(loss, torch.tensor(trainer().validate(model, verbose=False)[0]["val_loss"]))
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averages_of_a_plain_phase_are_those_without_the_callback(kind):
+    make_callback, _ = AVERAGES[kind]
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    plain, model = make(Recording), make(Recording)
+    trainer(callbacks=[make_callback()], **options).fit(plain)
+    fit(model, QuartetQAT(start_step=1000), callbacks=[make_callback()], **options)
+    assert_same(plain.after_steps, model.after_steps)
+    assert_same(weights(plain), weights(model))
+
+
+def test_averages_resume_exactly(tmp_path):
+    class Saving(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):  # later the averages are in the model: Lightning's last.ckpt
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def run(epochs: int, **options) -> Recording:
+        model = make(Recording)
+        callbacks = [QuartetQAT("quartet_stochastic"), EMAWeightAveraging(decay=0.8), Saving()]
+        trainer(max_epochs=epochs, callbacks=callbacks).fit(model, **options)
+        return model
+
+    whole, first = run(2), run(1)
+    second = run(2, ckpt_path=tmp_path / "0.ckpt")
+    assert_same(whole.losses, first.losses + second.losses)
+    assert_same(weights(whole), weights(second))
+
+
+def test_packed_weights_are_not_averaged():
+    config = QuartetConfig(store_master_weights=False)
+    with pytest.raises(MisconfigurationException, match="4-bit codes"):
+        fit(make(), QuartetQAT(config), callbacks=[WeightAveraging()])
 
 
 @pytest.mark.parametrize("how", ["whole", "part", "module.compile"])
@@ -367,15 +478,46 @@ def test_frozen_layers_stay_and_pass_gradients():
     assert not torch.equal(before["net.0.weight"], model.net[0].weight)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_numbers_reach_the_loss(value):
-    class Poisoned(Toy):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch * value if batch_idx == 2 else batch, batch_idx)
+class Poisoned(Toy):
+    """Becomes non-finite at one place, in one element, in the third batch."""
 
-    model = make(Poisoned, dropout=0.0)
-    fit(model, limit_train_batches=3)
-    assert [bool(torch.isfinite(torch.tensor(loss))) for loss in model.losses] == [True, True, False]
+    def __init__(self, place: str, value: float) -> None:
+        super().__init__(dropout=0.0)
+        self.place, self.value = place, value
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx != 2:
+            return super().training_step(batch, batch_idx)
+        layer = self.net[3]
+        if self.place in ("weight", "bias"):
+            with torch.no_grad():
+                getattr(layer, self.place).view(-1)[5] = self.value
+        elif self.place == "input":
+            batch = batch.clone()
+            batch[1, 7] = self.value
+        return super().training_step(batch, batch_idx)
+
+    def forward(self, x):
+        hidden = self.net[:3](x)
+        poisoned = self.training and self.trainer.global_step == 2
+        poison = torch.zeros_like(hidden)
+        poison[2, 3] = self.value
+        out = self.net[3](hidden + poison if poisoned and self.place == "activation" else hidden)
+        if poisoned and self.place == "gradient":
+            out.register_hook(lambda gradient: gradient + poison[:, :32])
+        return out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["input", "activation", "weight", "bias", "gradient"])
+def test_non_finite_numbers_reach_the_loss_or_the_gradients(place, value, recipe):
+    model = make(functools.partial(Poisoned, place, value))
+    fit(model, QuartetQAT(recipe), limit_train_batches=3, limit_val_batches=0)
+    assert [math.isfinite(loss) for loss in model.losses] == [True, True, place == "gradient"]
+    # Of the weights, Adam has put them into each that their gradients reached.
+    assert not torch.isfinite(model.net[0].weight).all()
+    assert not torch.isfinite(model.net[3].weight).all()
 
 
 def test_ddp_in_one_process():
@@ -439,17 +581,29 @@ def test_callback_state_is_primitive_and_another_config_warns(tmp_path, recwarn)
     assert "backend" not in message
 
 
-def test_truncated_checkpoint_leaves_the_model_untouched(tmp_path):
-    t = fit(make())
+@pytest.mark.parametrize("model_class", [Toy, LateToy])
+@pytest.mark.parametrize("keep", [0, 0.5, 0.98])
+def test_truncated_checkpoint_leaves_the_model_untouched(tmp_path, keep, model_class):
+    t = fit(make(model_class))
     t.save_checkpoint(tmp_path / "a.ckpt")
     data = (tmp_path / "a.ckpt").read_bytes()
-    (tmp_path / "a.ckpt").write_bytes(data[: len(data) // 2])
-    model = make()
-    before = weights(model)
-    with pytest.raises((OSError, RuntimeError)):
-        trainer(callbacks=[QuartetQAT(revert_on_end=True)]).fit(model, ckpt_path=tmp_path / "a.ckpt")
-    assert_same(before, weights(model))
-    assert type(model.net[0]) is nn.Linear
+    (tmp_path / "a.ckpt").write_bytes(data[: int(len(data) * keep)])
+
+    def refused(*callbacks: pl.Callback) -> tuple[type, str, pl.LightningModule]:
+        model = make(model_class)
+        with pytest.raises(Exception) as caught:
+            trainer(callbacks=list(callbacks)).fit(model, ckpt_path=tmp_path / "a.ckpt")
+        return type(caught.value), str(caught.value), model
+
+    kind, message, plain = refused()
+    for revert in (True, False):
+        kind_with_us, message_with_us, model = refused(QuartetQAT(revert_on_end=revert))
+        assert (kind_with_us, message_with_us) == (kind, message)  # Lightning's own
+        assert_same(weights(plain), weights(model))
+        assert all(p.grad is None for p in model.parameters())
+        assert bool(quartet_names(model)) != revert
+        assert "configure_model" not in model.__dict__
+        fit(model, limit_train_batches=1)  # and it can be trained
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
