@@ -133,10 +133,10 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path, source, capsys):
     )
     before = sorted(path.name for path in tmp_path.iterdir())
     for path, model, options, message in (
-        ("half.ckpt", source, (), "damaged or holds Python objects"),
+        ("half.ckpt", source, (), "half.ckpt is damaged or holds Python objects"),
         ("bomb.ckpt", source, (), "could run code"),
         ("list.ckpt", source, (), "no state_dict"),
-        ("bad.safetensors", source, ("--recipe", "quartet"), "no safetensors file"),
+        ("bad.safetensors", source, ("--recipe", "quartet"), "bad.safetensors is truncated or no safetensors file"),
         ("missing.ckpt", source, (), "is no file"),
         ("shards", source, (), "consolidate"),
         ("a.ckpt", small, (), "does not fit"),

@@ -191,7 +191,7 @@ def test_two_thousand_steps_do_not_grow(compiled, tmp_path):
     assert late[1] <= early[1]
     assert late[2] - early[2] < 30_000  # kilobytes
     assert held[0] == held[1]
-    assert held[0]["graphs"] == int(compiled)
+    assert (held[0]["graphs"] > 0) == compiled
     assert sum(count for name, count in held[0].items() if name.endswith("_kernel")) > 0
 
 

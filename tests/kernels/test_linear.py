@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from functorch.compile import make_boxed_func
+from identity_quantisers import take_out_quantisers
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -164,29 +165,7 @@ def test_forward_and_gradients_are_the_products_of_the_quantised_operands(config
 def test_with_identity_quantisers_the_layer_is_a_linear_layer(config, monkeypatch):
     """Rotations, signs, transposes, masks and factors cancel exactly; only the quantisers are taken out."""
 
-    def exact_forward(v, options):
-        finite = torch.ones(v.shape[:-1], dtype=torch.bool)
-        return v / forward_factor(config), v * 0, torch.zeros_like(finite, dtype=torch.int32), ~finite, finite
-
-    def exact_backward(v, random):
-        return v * 0.75, v * 0, torch.zeros(v.shape[:-1], dtype=torch.int32), *exact_forward(v, None)[3:]
-
-    saved = {}
-    monkeypatch.setattr(reference, "_project", exact_forward)
-    monkeypatch.setattr(reference, "_quantize_abs_max", exact_backward)
-
-    def remember(q, u, exponent, zero, finite):
-        codes = torch.empty(*q.shape[:-2], q.shape[-2] * 16, dtype=torch.uint8)
-        saved[codes.data_ptr()] = (codes, q.flatten(-2))
-        return codes, torch.empty(q.shape[:-1], dtype=torch.uint8)
-
-    def exact_mxfp8(x, transpose):
-        x = x.t() if transpose else x
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % 32)), None
-
-    monkeypatch.setattr(reference, "quantize_mxfp8", exact_mxfp8)
-    monkeypatch.setattr(reference, "_pack", remember)
-    monkeypatch.setattr(reference, "decode", lambda codes, scales, dtype: saved[codes.data_ptr()][1].to(dtype))
+    take_out_quantisers(monkeypatch)
     torch.manual_seed(0)
     x, weight, dy = torch.randn(50, 128), torch.randn(96, 128), torch.randn(50, 96).bfloat16().float()
     y, dx, dw = gradients(x, weight, config, dy, seed=3)

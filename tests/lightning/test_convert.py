@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from identity_quantisers import take_out_quantisers
 from torch import nn
 
 import lightning_quartet.linear as quartet_linear_module
@@ -18,6 +19,7 @@ from lightning_quartet import (
     revert_from_quartet,
     set_quartet_step,
 )
+from quartet_kernels import RECIPES
 
 
 class Llamaish(nn.Module):
@@ -193,6 +195,44 @@ def test_revert_is_the_inverse():
     assert "_quartet_state" not in model.__dict__
     assert torch.equal(model(x), expected)
     assert revert_from_quartet(model) == 0
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "128", "gsr", "abs_max"])
+def test_with_identity_quantisers_a_model_is_what_it_was(recipe, monkeypatch):
+    """Embedding, attention, norms, tied weights: output and all gradients, but for float32 rounding."""
+    changes = {
+        "128": {"hadamard_group_size": 128},
+        "gsr": {"transform_init": "gsr"},
+        "abs_max": {"forward_method": "abs_max"},
+    }
+    config = QuartetConfig(**changes[recipe]) if recipe in changes else QuartetConfig.from_recipe(recipe)
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(64, 128),
+            "block": nn.TransformerEncoderLayer(128, 2, 256, dropout=0.0, batch_first=True),
+            "out": nn.Linear(128, 64, bias=False),
+        }
+    )
+    model["out"].weight = model["embed"].weight
+    tokens = torch.randint(64, (3, 11))
+
+    def results() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model["out"](model["block"](model["embed"](tokens)))
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = results()
+    convert_to_quartet(model, config=config)
+    set_quartet_step(model, 3)
+    quantised = results()
+    take_out_quantisers(monkeypatch)
+    # Straight through, gradients are rounded to bfloat16 on their way into the products.
+    tolerance = 1e-2 if config.backward_dtype == "bf16" else 1e-5
+    for value, exact, rough in zip(results(), expected, quantised, strict=True):
+        assert (value - exact).norm() < tolerance * exact.norm()
+        assert (rough - exact).norm() > tolerance * exact.norm()
 
 
 def test_disabled_layers_compute_as_linear():

@@ -176,6 +176,47 @@ def test_fabric_loop_resumes_exactly(precision):
     assert_same(whole, resumed)
 
 
+@pytest.mark.parametrize("how", ["ddp", "compiled", "compiled-ddp", "compiled-after"])
+def test_fabric_wraps_what_it_likes_around_the_model(how):
+    """The converted layers, the seeds and the weights are those of a plain loop."""
+
+    def compiled(module: nn.Module) -> nn.Module:
+        return torch.compile(module, backend="aot_eager")  # not the full graph: there is none through DDP
+
+    def run(how: str) -> tuple[nn.Module, list]:
+        strategy = "ddp" if "ddp" in how else "auto"
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=QuartetPrecision("32-true"))
+        fabric.launch()
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        model = compiled(net) if how in ("compiled", "compiled-ddp") else net
+        model, optimizer = fabric.setup(model, torch.optim.SGD(net.parameters(), 0.1))
+        call = compiled(model) if how == "compiled-after" else model
+        assert isinstance(net[0], QuartetLinear)
+        seeds = []
+        for i, batch in enumerate(loader(6, 0)):
+            with fabric.no_backward_sync(model, enabled=i % 2 == 0):
+                fabric.backward((call(batch) - batch).square().mean())
+            seeds.append(net[0]._quartet_seed.tolist())
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return net, seeds
+
+    expected, expected_seeds = run("plain")
+    assert expected_seeds == [[0, step, micro_batch] for step in range(3) for micro_batch in range(2)]
+    torch._dynamo.reset()
+    try:
+        net, seeds = run(how)
+    finally:
+        torch._dynamo.reset()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert seeds == expected_seeds
+    for a, b in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_two_models_of_one_fabric_do_not_share_bits():
     fabric = Fabric(accelerator="cpu", devices=1, plugins=QuartetPrecision("32-true"))
     one, two = (fabric.setup_module(nn.Sequential(nn.Linear(32, 32))) for _ in range(2))
