@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quartet_kernels import QuartetConfig, quantize_mxfp4, quartet_linear, reference
+from quartet_kernels import QuartetConfig, quantize_mxfp4, quartet_linear, reference, unpack_mask
+from quartet_kernels.mxfp4 import scale_values, unpack_codes
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -45,7 +46,7 @@ def strided(draw, shape, dtype, magnitude=1.0):
 
 def magnitudes(dtype):
     """Powers of ten whose products and sums stay finite in the dtype."""
-    return st.integers(-36, 30).map(lambda e: 10.0**e) if dtype != torch.float16 else st.just(1.0)
+    return st.integers(-36, 36).map(lambda e: 10.0**e) if dtype != torch.float16 else st.just(1.0)
 
 
 @SETTINGS
@@ -55,7 +56,7 @@ def test_finite_input_gives_finite_output_and_gradients(data, config, dtype):
     tokens = data.draw(st.integers(0, 300 // max(1, torch.tensor(leading).prod().item() if leading else 1)))
     group = 32 if config.transform_init == "identity" else config.hadamard_group_size
     inputs = group * data.draw(st.integers(1, 512 // group))
-    outputs = 32 * data.draw(st.integers(1, 6))
+    outputs = 32 * data.draw(st.integers(1, 16))
     # The product of all three must not leave the dtype: spread one magnitude over them.
     size = data.draw(magnitudes(dtype))
     x = data.draw(strided((*leading, tokens, inputs), dtype, size)).requires_grad_()
@@ -75,6 +76,32 @@ def test_finite_input_gives_finite_output_and_gradients(data, config, dtype):
 @given(
     data=st.data(),
     config=configs(),
+    exponents=st.tuples(*[st.integers(-36, 36)] * 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_only_products_that_overflow_are_not_finite(data, config, exponents, dtype):
+    """Inputs, weights and gradients of unrelated magnitudes: where norms bound a product, it is finite."""
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    shapes = ((40, 128), (64, 128), (40, 64))
+    x, weight, dy = (
+        (torch.randn(shape, dtype=torch.float64) * 10.0**exponent).to(dtype)
+        for shape, exponent in zip(shapes, exponents, strict=True)
+    )
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = quartet_linear(x, weight, config=config, seed=1)
+    y.backward(dy)
+    limit = torch.finfo(dtype if dtype != torch.float64 else torch.float32).max  # scales are those of float32
+    norms = [tensor.detach().double().norm().item() for tensor in (x, weight, dy)]
+    for result, a, b in ((y, 0, 1), (x.grad, 2, 1), (weight.grad, 2, 0)):
+        if norms[a] * norms[b] < limit / 1e3:
+            assert result.isfinite().all()
+
+
+@SETTINGS
+@given(
+    data=st.data(),
+    config=configs(),
     exponent=st.integers(-36, 36),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -82,8 +109,16 @@ def test_dequantised_values_stay_near_the_rotated_tensor(data, config, exponent,
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     x = (torch.randn(data.draw(st.integers(1, 8)), 128, dtype=torch.float64) * 10.0**exponent).to(dtype)
     v = reference.rotate(x, reference.rotation_matrix(config.transform_init, config.hadamard_group_size, x.device))
-    values = quantize_mxfp4(x, config=config).dequantize(torch.float64)
+    packed, mask = quantize_mxfp4(x, config=config, return_mask=True)
+    values = packed.dequantize(torch.float64)
     v = v.double()
+    # Element by element: half of the grid's widest step, from 4 to 6; what is clipped lay beyond 6 and becomes 6.
+    unit = (scale_values(packed.scales, torch.float64) * packed.factor).repeat_interleave(32, -1)
+    kept = unpack_mask(mask)
+    slack = 1 + 1e-6
+    assert ((values - v).abs() <= unit * slack)[kept].all()
+    assert (values.abs() == 6 * unit)[~kept].all()
+    assert (v.abs() >= 6 * unit / slack)[~kept].all()
     groups, errors = v.unflatten(-1, (-1, 32)), (values - v).unflatten(-1, (-1, 32))
     # Half a step of the grid at the group's own scale or the clipped rest, never more than the group's own norm.
     relative = errors.norm(dim=-1) / groups.norm(dim=-1)
@@ -121,6 +156,21 @@ def test_quantising_twice_changes_nothing_where_the_scale_stays(data, rule):
     values = [tensor.dequantize().unflatten(-1, (-1, 32))[same] for tensor in (first, second)]
     assert torch.equal(*values)
     assert same.float().mean() > 0.5
+
+
+@SETTINGS
+@given(data=st.data())
+def test_quantising_twice_by_the_maximum_changes_nothing_below_the_largest_code(data):
+    """A group whose largest code is 3 or 4 keeps its exponent; 6 times 4/3 is 8, in the next octave."""
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    config = QuartetConfig(forward_method="abs_max", transform_init="identity")
+    first = quantize_mxfp4(torch.randn(32, 128) * 10.0 ** data.draw(st.integers(-30, 30)), config=config)
+    second = quantize_mxfp4(first.dequantize(), config=config)
+    top = (unpack_codes(first.codes) & 7).unflatten(-1, (-1, 32)).amax(-1)
+    assert (second.scales.int() - first.scales.int() == (top == 7).int()).all()
+    same = (top < 7)[..., None].expand(*top.shape, 16).flatten(-2)
+    assert torch.equal(first.codes[same], second.codes[same])
+    assert same.float().mean() > 0.1
 
 
 @pytest.mark.parametrize("power", [-20, 20, 60])
