@@ -541,24 +541,52 @@ class Named(Toy):
         self.save_hyperparameters()
 
 
-def test_checkpoints_interchange_with_plain_models(tmp_path):
+@pytest.mark.parametrize("save_weights_only", [False, True])
+def test_a_checkpoint_loads_into_the_plain_model(tmp_path, save_weights_only):
+    """What README's table says: master weights, an nn.Linear's numbers, and Quartet's again with the callback."""
     model = make(Named)
     t = fit(model)
-    t.save_checkpoint(tmp_path / "quartet.ckpt")
+    t.save_checkpoint(tmp_path / "quartet.ckpt", weights_only=save_weights_only)
+    trained = t.validate(model, verbose=False)[0]["val_loss"]
     for weights_only in (True, False):
-        state = torch.load(tmp_path / "quartet.ckpt", weights_only=weights_only)["state_dict"]
+        state = torch.load(tmp_path / "quartet.ckpt", weights_only=weights_only)
+        assert ("callbacks" in state) != save_weights_only
         plain = make(Named)
-        plain.load_state_dict(state, strict=True)
+        plain.load_state_dict(state["state_dict"], strict=True)
     loaded = Named.load_from_checkpoint(tmp_path / "quartet.ckpt")
     assert type(loaded.net[0]) is nn.Linear
     assert_same(weights(loaded), weights(model))
 
-    plain_trainer = trainer()
-    plain_trainer.fit(plain)
-    plain_trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    model = make(Named)
-    trainer(callbacks=[QuartetQAT()], max_epochs=2).fit(model, ckpt_path=tmp_path / "plain.ckpt")
-    assert [note[2][1] for note in model.notes] == list(range(10, 20))
+    as_plain = trainer().validate(loaded, verbose=False)[0]["val_loss"]
+    assert as_plain != trained
+    assert trainer().validate(plain, verbose=False)[0]["val_loss"] == as_plain
+    assert trainer(callbacks=[QuartetQAT()]).validate(loaded, verbose=False)[0]["val_loss"] == trained
+    other = make(Named)
+    again = trainer(callbacks=[QuartetQAT()]).validate(other, ckpt_path=tmp_path / "quartet.ckpt", verbose=False)
+    assert again[0]["val_loss"] == trained
+
+    if save_weights_only:
+        with pytest.raises(KeyError, match="checkpoint contains only the model"):  # Lightning's own
+            trainer(callbacks=[QuartetQAT()], max_epochs=2).fit(make(Named), ckpt_path=tmp_path / "quartet.ckpt")
+    else:
+        on = make(Named)
+        trainer(max_epochs=2).fit(on, ckpt_path=tmp_path / "quartet.ckpt")  # goes on in high precision
+        assert type(on.net[0]) is nn.Linear
+        assert len(on.losses) == 10
+
+
+def test_a_plain_checkpoint_goes_on_in_mxfp4(tmp_path):
+    plain = make(Named)
+    t = trainer()
+    t.fit(plain)
+    t.save_checkpoint(tmp_path / "plain.ckpt")
+    runs = []
+    for _ in range(2):
+        model = make(Named)
+        trainer(callbacks=[QuartetQAT()], max_epochs=2).fit(model, ckpt_path=tmp_path / "plain.ckpt")
+        assert [note[2][1] for note in model.notes] == list(range(10, 20))
+        runs.append(weights(model))
+    assert_same(*runs)
 
 
 def test_callback_state_is_primitive_and_another_config_warns(tmp_path, recwarn):

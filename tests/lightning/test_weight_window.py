@@ -68,6 +68,31 @@ def test_losses_and_weights_are_those_without_reuse(monkeypatch):
         assert torch.equal(value, expected)
 
 
+def test_weights_written_between_two_micro_batches_are_seen(monkeypatch):
+    """In-place under no_grad, as a new tensor by ``copy_``, and by load_state_dict."""
+
+    class Noisy(Toy):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            weight = self.net[0].weight
+            with torch.no_grad():
+                if batch_idx % 3 == 0:
+                    weight.add_(0.1)
+                elif batch_idx % 3 == 1:
+                    weight.copy_(weight * 0.9)
+                else:
+                    self.load_state_dict({name: tensor * 1.1 for name, tensor in self.state_dict().items()})
+
+    results = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(linear.WeightWindow, "open", lambda self, step: None)
+        pl.seed_everything(0)
+        model = Noisy()
+        fit(model, 5, [QuartetQAT()], limit_val_batches=0)
+        results.append(model.losses)
+    assert results[0] == results[1]
+
+
 def test_validation_in_the_middle_of_a_step_sees_averaged_weights():
     """WeightAveraging swaps weights by ``.data``, which no version shows."""
     seen = []
