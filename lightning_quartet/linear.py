@@ -218,8 +218,8 @@ class _QuartetState:
         devices = [_seed_device(layer.weight) for layer in self.layers]
         with torch.inference_mode(False):  # a table made during trainer.validate() must serve a later fit
             numbers = [(number << 32) | layer.quartet_config.seed for number, layer in enumerate(self.layers)]
-            table = torch.zeros(len(self.layers), 4, dtype=torch.int64)
-            table[:, 0] = torch.tensor(numbers, dtype=torch.int64)
+            table = torch.zeros(len(self.layers), 4, dtype=torch.int64, device="cpu")  # whatever the default device
+            table[:, 0] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
             self.tables = {device: table.to(device, copy=True) for device in set(devices)}
             self.rows = [self.tables[device][i, :3] for i, device in enumerate(devices)]
         for layer, row in zip(self.layers, self.rows, strict=True):

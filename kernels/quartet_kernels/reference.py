@@ -82,7 +82,7 @@ def rotate(x: Tensor, matrix: Tensor | None, signs: Tensor | None = None) -> Ten
 
 def _factor(size: int, dtype: torch.dtype) -> float:
     """size**-1/2 rounded to float32, or float64's own."""
-    return size**-0.5 if dtype == torch.float64 else torch.tensor(size**-0.5, dtype=torch.float32).item()
+    return size**-0.5 if dtype == torch.float64 else torch.tensor(size**-0.5, dtype=torch.float32, device="cpu").item()
 
 
 def _group_statistics(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ BACKWARD_GROUP_SIZE = 32
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's Hadamard matrix of +-1, float32 [size, size], size a power of two."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, device="cpu")  # whatever the default device
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return matrix

@@ -1,6 +1,8 @@
 """Two hundred steps with each recipe end within its documented band of the float32 run (docs/options.md)."""
 
+import re
 import statistics
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -51,6 +53,13 @@ def final_loss(recipe: str | None, seed: int = 0) -> float:
     ).fit(student, DataLoader(TensorDataset(x, labels), batch_size=64))
     assert len(student.losses) == 200
     return statistics.mean(student.losses[-20:])
+
+
+def test_the_documents_have_these_bands():
+    text = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| 0\.95 to ([\d.]+) \|$", text, re.MULTILINE)
+    assert {recipe: float(band) for recipe, band in rows} == BANDS
+    assert BANDS.keys() == RECIPES.keys()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from lightning_quartet import (
     set_quartet_step,
 )
 from quartet_kernels import RECIPES
+from quartet_kernels.rotation import rotation_matrix
 
 
 class Llamaish(nn.Module):
@@ -390,6 +391,25 @@ def test_meta_device_model_is_materialised_and_trains():
         layer.reset_parameters()
     assert model[0]._quartet_seed.tolist() == [0, 3, 0]
     assert all(torch.isfinite(g).all() for g in gradients(model, torch.randn(4, 32)))
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "gsr"])
+def test_the_default_device_is_not_ours(transform):
+    config = QuartetConfig(transform_init=transform, backward_rounding="stochastic")
+    expected = two_layers()
+    convert_to_quartet(expected, config=config)
+    set_quartet_step(expected, 3)
+    model, x = two_layers(), torch.randn(4, 32)
+    values = gradients(expected, x)
+    rotation_matrix.cache_clear()
+    with torch.device("meta"):
+        convert_to_quartet(model, config=config)
+        set_quartet_step(model, 3)
+        again = gradients(model, x)
+        shape = copy.deepcopy(model).to("meta")(torch.empty(5, 32)).shape
+    assert shape == (5, 32)
+    for a, b in zip(values, again, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_conversion_under_inference_mode_leaves_a_trainable_model():
