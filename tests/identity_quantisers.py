@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quartet_kernels import QuartetConfig, reference
-from quartet_kernels.linear import BACKWARD_FACTOR, forward_factor
+from quartet_kernels.ops import BACKWARD_FACTOR, forward_factor
 
 
 def take_out_quantisers(monkeypatch: pytest.MonkeyPatch) -> None:

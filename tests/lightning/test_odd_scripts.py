@@ -394,12 +394,14 @@ def test_a_copy_made_while_training_builds_its_own_layers():
 
 
 @pytest.mark.parametrize(
-    "config", [QuartetConfig(), QuartetConfig(backward_dtype="bf16"), QuartetConfig(backend="triton")], ids=str
+    ("device", "config"),
+    [
+        *((device, QuartetConfig(backward_dtype=dtype)) for device in ("cpu", "meta") for dtype in ("mxfp4", "bf16")),
+        ("cpu", QuartetConfig(backend="triton")),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_products_count_as_operations(config, device):
-    if device == "meta" and config.backend != "auto":
-        pytest.skip("a backend that is asked for must run on the device")
+def test_products_count_as_operations(device, config):
     model = two_layers().to(device)
     x = torch.randn(32, 32, device=device)
 
