@@ -46,7 +46,7 @@ def tile_scales(scales: torch.Tensor) -> torch.Tensor:
     """Scales uint8 [rows, groups] in the layout of `empty_tiled`: [row % 32, row // 32, group] in each block."""
     rows, groups = scales.shape
     padded = torch.nn.functional.pad(scales, (0, -groups % 4, 0, -rows % 128), value=127)
-    blocks = padded.view(-1, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
+    blocks = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
     return blocks.reshape(padded.shape[0] // 128, padded.shape[1] // 4, 2, 256)
 
 
