@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import bench_decode
 from .backends import select_backend
 from .config import QuartetConfig
 from .linear import quartet_linear
@@ -212,9 +213,11 @@ def _torchao(linear: nn.Linear) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def run(shapes: list[Shape] | None = None) -> dict[str, Any]:
-    """All measurements as plain numbers: ``device``, ``versions``, ``copy TB/s``, ``kernels``, ``linears``."""
+    """All measurements as plain numbers: ``device``, ``versions``, ``copy TB/s``, ``kernels``, ``linears``, and on
+    NVIDIA's GPUs ``decode``: :func:`quartet_kernels.bench_decode.decode` of the same layers or of its own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
+    layers = tuple((n, k) for _, k, n in shapes) if shapes else bench_decode.SHAPES
     shapes = shapes or list(GPU_SHAPES if cuda else CPU_SHAPES)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
@@ -225,6 +228,7 @@ def run(shapes: list[Shape] | None = None) -> dict[str, Any]:
         "backend": select_backend("auto", device, torch.bfloat16).name,
         "kernels": [],
         "linears": [],
+        "decode": [],
     }
     for shape in shapes:
         if cuda:
@@ -232,6 +236,8 @@ def run(shapes: list[Shape] | None = None) -> dict[str, Any]:
             report["linears"] += linears(shape, device, torch.bfloat16)
         else:
             report["linears"] += linears(shape, device, torch.float32)
+    if cuda and torch.version.hip is None:
+        report["decode"] = bench_decode.decode(layers)
     return report
 
 
@@ -251,7 +257,7 @@ def tables(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"copy: {report['copy TB/s']:.2f} TB/s (bytes read and written)",
     ]
-    for rows in (report["kernels"], report["linears"]):
+    for rows in (report["kernels"], report["linears"], report["decode"]):
         if not rows:
             continue
         columns = list(dict.fromkeys(name for row in rows for name in row))

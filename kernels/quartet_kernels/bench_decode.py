@@ -12,13 +12,13 @@ from torch import Tensor
 from . import ops
 from .config import QuartetConfig
 from .functional import quantize_mxfp4
-from .linear import _bf16_operand, _project
+from .linear import _project
 from .mxfp4 import MXFP4Tensor
 from .ops import forward_factor
 
 SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336))
 """(out_features, in_features)."""
-TOKENS = (1, 2, 4, 8, 16, 32)
+TOKENS = (1, 8, 16, 32)
 COPIES = 4
 """Weights in rotation: one packed weight alone would stay in the L2 cache."""
 
@@ -42,6 +42,8 @@ def decode(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("The decoding benchmark replays CUDA graphs; run it on a machine with a CUDA GPU.")
+    from .triton.decode import quantize_few
+
     device, config = torch.device("cuda"), QuartetConfig()
     rows = []
     for n, k in shapes:
@@ -49,11 +51,11 @@ def decode(
         packed = [_packed(weight, config) for weight in dense]
         for m in tokens:
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-            _, _, (data, _) = _project(x, _bf16_operand(config), False)
+            few = quantize_few(x, config)
             times = {
                 "bf16 us": _graphed([partial(F.linear, x, w) for w in dense]),
                 "decode us": _graphed([partial(_few, x, w, config) for w in packed]),
-                "product us": _graphed([partial(_product, data, w, config) for w in packed]),
+                "product us": _graphed([partial(_product, few, m, w, config) for w in packed]),
                 "gemm us": _graphed([partial(_many, x, w, config) for w in packed]),
             }
             rows.append(
@@ -69,13 +71,15 @@ def _packed(weight: Tensor, config: QuartetConfig) -> MXFP4Tensor:
     return packed
 
 
-def _product(data: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
-    return ops.decode_matmul(data, weight.codes, weight.scales, forward_factor(config) ** 2, None, torch.bfloat16)
+def _product(few: tuple[Tensor, Tensor], tokens: int, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
+    from .triton.decode import multiply_few
+
+    alpha = forward_factor(config) ** 2
+    return multiply_few(*few, weight.codes, weight.scales, tokens, alpha=alpha, bias=None, out_dtype=torch.bfloat16)
 
 
 def _few(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:
-    _, _, (data, _) = _project(x, _bf16_operand(config), False)  # not shared with another call
-    return _product(data, weight, config)
+    return ops.decode_linear(x, weight.codes, weight.scales, None, torch.bfloat16, config.text)
 
 
 def _many(x: Tensor, weight: MXFP4Tensor, config: QuartetConfig) -> Tensor:

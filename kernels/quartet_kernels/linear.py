@@ -1,6 +1,5 @@
 """The Quartet linear layer as one differentiable function: forward and backward side by side."""
 
-import dataclasses
 import functools
 import threading
 import weakref
@@ -13,7 +12,7 @@ from . import ops
 from .backends import select_backend
 from .config import QuartetConfig
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
-from .ops import compute_dtype, forward_factor
+from .ops import compute_dtype
 from .philox import make_seed
 from .rotation import rotation_matrix
 
@@ -335,29 +334,24 @@ def quartet_linear(
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-DECODE_TOKENS = 16
-"""Up to here, without gradients, packed weights are multiplied by a kernel that reads them as they are."""
+DECODE_TOKENS = 32
+"""Up to here, without gradients, packed weights are multiplied by a kernel that reads them as they are; measured, see
+BENCHMARKS.md."""
 
 
 def _few_tokens(x: Tensor, config: QuartetConfig) -> bool:
     if not 0 < x.numel() <= DECODE_TOKENS * x.shape[-1] or x.dtype == torch.float64 or config.backend == "reference":
         return False
     if torch.version.hip is not None:
-        return False  # what the kernel keeps in registers is more than AMD's threads have
+        return False  # the kernel is made of NVIDIA's instructions
     if torch.compiler.is_compiling():
         return x.device.type == "cuda"
     return select_backend(config.backend, x.device, x.dtype).name != "reference"
 
 
-@functools.lru_cache(maxsize=64)
-def _bf16_operand(config: QuartetConfig) -> QuartetConfig:
-    return dataclasses.replace(config, backend="bf16")
-
-
 def _decode(x: Tensor, packed: Packed, bias: Tensor | None, config: QuartetConfig, out_dtype: torch.dtype) -> Tensor:
-    """The forward for a few tokens: the codes of the other path, as bfloat16, times the packed weight."""
-    _, _, (data, _) = _project(x, _bf16_operand(config), False)
-    y = ops.decode_matmul(data, *packed, forward_factor(config) ** 2, bias, out_dtype)
+    """The forward for a few tokens."""
+    y = ops.decode_linear(x.reshape(-1, x.shape[-1]), *packed, bias, out_dtype, config.text)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -222,16 +222,18 @@ def _(
 
 
 @_operator
-def decode_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, out_dtype: torch.dtype
+def decode_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype, config: str
 ) -> Tensor:
-    from .triton.decode import decode_matmul as multiply
+    from .triton import decode
 
-    return multiply(x, codes, scales, alpha=alpha, bias=bias, out_dtype=out_dtype)
+    options = parse_config(config)
+    alpha = forward_factor(options) ** 2
+    return decode.decode_linear(x, codes, scales, config=options, alpha=alpha, bias=bias, out_dtype=out_dtype)
 
 
-@torch.library.register_fake("quartet::decode_matmul", lib=_LIBRARY)
-def _(x: Tensor, codes: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+@torch.library.register_fake("quartet::decode_linear", lib=_LIBRARY)
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, out_dtype: torch.dtype, config: str) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0], dtype=out_dtype)
 
 
@@ -244,7 +246,7 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, *rest: Any, **options: Any) -> int:
     return 2 * a.shape[0] * b.shape[0] * a.shape[1] * (2 if a.dtype == torch.uint8 else 1)  # two codes to a byte
 
 
-@register_flop_formula(torch.ops.quartet.decode_matmul, get_raw=True)
+@register_flop_formula(torch.ops.quartet.decode_linear, get_raw=True)
 def _(x: Tensor, codes: Tensor, *rest: Any, **options: Any) -> int:
     return 2 * x.shape[0] * x.shape[1] * codes.shape[0]
 

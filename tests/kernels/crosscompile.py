@@ -181,11 +181,12 @@ def others(arch: str) -> Iterator[Case]:
     yield Case(arch, "unrotate", "", matmul.unrotate_kernel, rotation, types, 4)
     yield Case(arch, "dequantize", "", matmul.dequantize_kernel, {"BLOCK_M": 32, "BLOCK_K": 256}, types, 4)
     if not arch.startswith("gfx"):  # AMD's GPUs never take it
-        few = {
-            "BIAS": False, "BLOCK_N": decode.ROWS, "GROUPS": decode.GROUPS, "TOKENS": 8, "WHOLE": True, "NVIDIA": True,
-            "STAGES": decode.STAGES if arch in ("80", "90", "100", "103") else decode.FEW_STAGES,
-        }  # fmt: skip
-        yield Case(arch, "decode", "", decode.decode_kernel, few, types | {"x_ptr": "*u32"}, decode.GROUPS)
+        types = {"x_ptr": "*u32", "x_scale_ptr": "*u64", "codes_ptr": "*u32", "scales_ptr": "*u8", "out_ptr": "*bf16"}
+        for tokens in (1, 4):
+            warps, blocks = decode.WARPS_AND_BLOCKS[4][tokens]
+            few = {"K": 4096, "TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPENDENT": int(arch) >= 90}
+            form = f"{8 * tokens} tokens"
+            yield Case(arch, "decode", form, decode.decode_kernel, few | {"bias_ptr": None}, types, warps)
     if arch in FP8:
         constants = {"CHECK_CODES": False, "ROWS": 1, "PAIRS": expand.PAIRS}
         types = {"codes_ptr": "*i32", "scales_ptr": "*u8", "data_ptr": "*i32", "row_scale_ptr": "*fp32"}

@@ -57,8 +57,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     architectures = sorted({row["arch"] for row in rows}, key=lambda arch: (arch.startswith("gfx"), len(arch), arch))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        # The operand's format follows from the architecture; an epilogue makes another kernel.
-        epilogue = row["epilogue"] if "ward" in row["epilogue"] else ""
+        # The operand's format follows from the architecture; an epilogue or a number of tokens makes another kernel.
+        epilogue = row["epilogue"] if "ward" in row["epilogue"] or "tokens" in row["epilogue"] else ""
         cells.setdefault((row["kernel"], epilogue), {})[row["arch"]] = cell(row)
     names = [arch if arch.startswith("gfx") else f"{arch[:-1]}.{arch[-1]}" for arch in architectures]
     lines = [f"| kernel | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]

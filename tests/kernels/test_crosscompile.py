@@ -36,6 +36,8 @@ MAIN_LOOP = {
     ("fp8_pointer", "89"): "mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e5m2.f32",
     ("fp8_pointer", "90"): "wgmma.mma_async.sync.aligned.m64n128k32.f32.e5m2.e5m2",
 }
+for arch in ("80", "90", "100", "120"):
+    MAIN_LOOP["decode", arch] = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 QUANTISERS = {"quantize_forward", "quantize_rows", "quantize_columns", "requantize"}
 EVERYWHERE = {"packed", "mxfp8_rows", "mxfp8_columns", "mxfp8_packed", "unrotate", "dequantize"} | QUANTISERS
 

@@ -69,9 +69,10 @@ def test_tables_have_a_line_for_every_row():
         "versions": {},
         "copy TB/s": 1.0,
         "kernels": [{"kernel": "k", "ms": 2.0}],
+        "decode": [{"shape": "64x32", "tokens": 1, "decode us": 2.0}],
         "linears": [row, row],
     }
-    assert len(bench.tables(report).splitlines()) == 2 + 1 + 2 + 1 + 3
+    assert len(bench.tables(report).splitlines()) == 2 + 1 + 2 + 1 + 3 + 1 + 2
 
 
 def test_hardware_page_has_the_estimates():

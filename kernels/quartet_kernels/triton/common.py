@@ -462,6 +462,7 @@ def quantize_groups(
     v, groups, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
     row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1, tiled_ptr=None, per_row=1,
+    DEALT: tl.constexpr = None,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
 
@@ -470,7 +471,8 @@ def quantize_groups(
     groups. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
 
     With `row_scale_ptr`, data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS whole rows of the
-    operand from `first_row` on, padded with zeros.
+    operand from `first_row` on, padded with zeros. DEALT: `groups` are where the words of a group start, its words lie
+    as `decode.py` reads them, of every 8 elements first the even, then the odd ones, and row scales are DEALT apart.
     """
     largest = largest_bits(v)
     zero = largest == 0
@@ -495,7 +497,7 @@ def quantize_groups(
         rounded = clipped + shift
         values = rounded - shift
 
-    if STOCHASTIC or codes_ptr is not None:
+    if METHOD != "abs_max" or STOCHASTIC or codes_ptr is not None:
         values = signed(values, v.to(tl.uint32, bitcast=True))
 
     if codes_ptr is not None:
@@ -526,18 +528,23 @@ def quantize_groups(
         if METHOD != "abs_max" and RULE == "floor":  # gives tiny groups codes of zero under a scale that is not tiny
             used = tl.max(tl.max(tl.abs(values), axis=2), axis=1) != 0
         largest_key = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
-        row = first_row + tl.arange(0, ROWS)
+        row = first_row + tl.arange(0, ROWS) * (1 if DEALT is None else DEALT)
         tl.store(row_scale_ptr + row, row_scale_of(largest_key), mask=row < n_rows)
         top = tl.broadcast_to(row_top(largest_key)[:, None], (ROWS, R // ROWS)).reshape(R)
         factor = group_factor(byte, top)
         if codes_ptr is not None:
             data = fp8_words(words.to(tl.uint32, bitcast=True), factor[:, None])
         else:
-            even, odd = tl.split((values * per_element(factor)).reshape(R, 4, 2, 2, 2))
+            scaled = (values * per_element(factor)).reshape(R, 4, 2, 2, 2)
+            even, odd = tl.split(scaled.permute(0, 1, 4, 2, 3) if DEALT is not None else scaled)
             first, third = tl.split(even)
             second, fourth = tl.split(odd)
             data = tl.where(per_element(finite), fp8_word(first, second, third, fourth), 0)
-        data_at = (groups * 8)[:, None, None] + (tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :])[None, :, :]
+        four, two = tl.arange(0, 4)[:, None], tl.arange(0, 2)[None, :]
+        if DEALT is not None:
+            data_at = groups[:, None, None] + (four // 2 * 128 + four % 2 * 2 + two)[None, :, :]
+        else:
+            data_at = (groups * 8)[:, None, None] + (four * 2 + two)[None, :, :]
         tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, None, None])
     elif data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))

@@ -1,11 +1,16 @@
-"""GEMM of a few tokens with packed weights: the decoding step of a language model.
+"""Linear layers on a few tokens with packed weights: the decoding step of a language model.
 
-    y = alpha * X @ W.T (+ bias), X [M, K] quantised, W packed MXFP4 [N, K]
+    y = alpha * Q(X) @ W.T (+ bias), X [M, K] quantised on the way, W packed MXFP4 [N, K]
 
-With so few tokens the time is that of reading the weights once, so they are read as 4-bit codes and decoded in
-registers: two instructions and a half an element, since more would take longer than the memory. A program owns BLOCK_N
-rows of W. Its warps share K: warp w multiplies every GROUPS-th group of 32, one small product a group, whose scale is
-applied to the float32 result; their sums are added once at the end. No order of additions depends on the schedule.
+With so few tokens the time is that of reading the weights once, and of the instructions that decode them: about thirty
+for eight codes. So nothing is moved in registers: a lane loads 16 bytes, the group of 32 codes of one row, and what a
+tensor core's fragment (mma.m16n8k16) wants of them is a shift and a mask away, since the order of k is free as long as
+X is stored in the same order. The four groups that a product adds up are scaled to their largest scale in float16,
+exact as long as their scales are within 2^23; that scale is applied to the float32 result.
+
+X is written once, by a small kernel, as FP8 numbers relative to a power of two for 64 groups, in the order of the
+fragments. On Hopper the product is launched before that kernel has ended, and waits for it with its first weights
+already on the way. No order of additions depends on the schedule.
 """
 
 from functools import lru_cache
@@ -15,153 +20,370 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET
+from ..config import QuartetConfig
+from ..rotation import rotation_matrix
+from .common import INTERPRET, load_rotation, quantize_groups, rotate
+from .launch import cdiv, launch, next_power_of_2
 from .matmul import decode_codes
+from .quantize import contiguous_rows, inverse_root, multiprocessors
 
-GROUPS = 16  # a program, and its warps
-STAGES = 4
-FEW_STAGES = 3  # where a program may have less than 160 KB of shared memory
-ROWS = 64
-FEW_ROWS = 32  # where 64 would leave multiprocessors without a program
-MIN_PROGRAMS = 100
+CHUNK = tl.constexpr(64)  # groups of x that share a scale
+WORDS = tl.constexpr(256)  # 32-bit words of x for four groups and eight tokens
 
-# Four bytes to their four low and four high nibbles, each as E2M1 in the top bits of the exponent's end and mantissa of
-# a bfloat16, which is the value times 2^-126 (a half becomes a subnormal); one multiplication by 2^126 is exact.
-DECODE_ASM = tl.constexpr(
-    """
-    {
-    .reg .b32 p, q, s, t, one, zero;
-    mov.b32 one, 0x7E807E80;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 p, $4, 0, 0x1404;
-    prmt.b32 q, $4, 0, 0x3424;
-    shl.b32 s, p, 4;
-    and.b32 s, s, 0x80008000;
-    shr.b32 t, p, 2;
-    lop3.b32 t, t, 0x01C001C0, s, 0xEA;
-    fma.rn.bf16x2 $0, t, one, zero;
-    shl.b32 s, q, 4;
-    and.b32 s, s, 0x80008000;
-    shr.b32 t, q, 2;
-    lop3.b32 t, t, 0x01C001C0, s, 0xEA;
-    fma.rn.bf16x2 $1, t, one, zero;
-    and.b32 s, p, 0x80008000;
-    shr.b32 t, p, 6;
-    lop3.b32 t, t, 0x01C001C0, s, 0xEA;
-    fma.rn.bf16x2 $2, t, one, zero;
-    and.b32 s, q, 0x80008000;
-    shr.b32 t, q, 6;
-    lop3.b32 t, t, 0x01C001C0, s, 0xEA;
-    fma.rn.bf16x2 $3, t, one, zero;
-    }
-    """
+MULTIPLY = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9},"
+    " {$10, $11, $12, $13};"
 )
+LOAD = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+LOAD_ONCE = tl.constexpr("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+# Loads do not cross it. Without it the assembler would move those for the next step to its end, to save registers.
+KEEP_ORDER = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
 
 
 @triton.jit
-def decode_pairs(codes, NVIDIA: tl.constexpr):
-    """E2M1 values of the low and of the high nibbles of uint8 codes: two bfloat16 tensors (float32 interpreted)."""
-    if NVIDIA:
-        even, odd = tl.inline_asm_elementwise(
-            DECODE_ASM, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
-    else:
-        DTYPE: tl.constexpr = tl.float32 if INTERPRET else tl.bfloat16
-        even, odd = decode_codes(codes & 15, 1.0).to(DTYPE), decode_codes(codes >> 4, 1.0).to(DTYPE)
-    return even, odd
-
-
-@triton.jit
-def load_pairs(pointers, inside, DTYPE: tl.constexpr):
-    """Even and odd elements of groups of x, bfloat16 pairs read as uint32: two tensors [groups, 16, tokens]."""
-    words = tl.load(pointers, mask=inside, other=0)
-    even, odd = (words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16)
+def load_four(pointers, ASM: tl.constexpr):
+    """Four uint32 words from pointers to multiples of 16 bytes."""
     if INTERPRET:
-        low = (even.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        high = (odd.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        a, b, c, d = tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3)
     else:
-        low, high = even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
-    return low, high
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,l", [pointers], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1
+        )
+    return a, b, c, d
+
+
+@triton.jit
+def as_halves(even, odd):
+    """Four registers of two float16 numbers, whose upper bytes are the bytes of two words of E5M2."""
+    return even & 0xFF00FF00, (even << 8) & 0xFF00FF00, odd & 0xFF00FF00, (odd << 8) & 0xFF00FF00
+
+
+@triton.jit
+def scaled(pair, factor):
+    return tl.inline_asm_elementwise(
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [pair, factor], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def decode_word(word, factor):
+    """The eight codes of a word times `factor` (a pair of float16) times 2^-14, in the order of :func:`as_halves`."""
+    even = ((word << 1) & 0x0E0E0E0E) | ((word << 4) & 0x80808080)  # E2M1 in the low bits of E5M2
+    odd = ((word >> 3) & 0x0E0E0E0E) | (word & 0x80808080)
+    a, b, c, d = as_halves(even, odd)
+    return scaled(a, factor), scaled(b, factor), scaled(c, factor), scaled(d, factor)
+
+
+@triton.jit
+def join_four(a, b, c, d):
+    """[..., 4] of four tensors."""
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    return four.reshape(a.shape[0], 4)
+
+
+@triton.jit
+def interpreted_weights(words, exponent, WARPS: tl.constexpr):
+    """What the tensor core sees of the four words of each lane: float32 [WARPS, 8, 128]."""
+    shifts = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
+    codes = (join_four(words[0], words[1], words[2], words[3])[:, :, None] >> shifts) & 15
+    factor = tl.where(exponent == 0, 0.0, ((exponent + (127 - 29)) << 23).to(tl.float32, bitcast=True))
+    values = decode_codes(codes, tl.broadcast_to(factor[:, None, None], codes.shape))
+    return values.to(tl.float16).to(tl.float32).reshape(WARPS, 8, 128)
+
+
+@triton.jit
+def interpreted_tokens(words, WARPS: tl.constexpr):
+    """The same of eight words of x: float32 [WARPS, 8, 128]."""
+    shifts = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]
+    even = (join_four(words[0], words[2], words[4], words[6])[:, :, None] >> shifts) & 0xFF
+    odd = (join_four(words[1], words[3], words[5], words[7])[:, :, None] >> shifts) & 0xFF
+    half = (tl.join(even, odd) << 8).to(tl.uint16).to(tl.float16, bitcast=True)
+    return half.to(tl.float32).reshape(WARPS, 8, 128)
+
+
+@triton.jit
+def multiply_block(upper, lower, upper_exponent, lower_exponent, x, WARPS: tl.constexpr, TOKENS: tl.constexpr):
+    """Products of 128 columns: for each 8 tokens, lane 4 g + q gets tokens 2 q and 2 q + 1 of row g, then of row g + 8.
+
+    `upper` and `lower` are the words of rows g and g + 8, to be multiplied by 2^(exponent - 29), by 0 for exponent 0.
+    """
+    products = ()
+    if INTERPRET:
+        a, b = interpreted_weights(upper, upper_exponent, WARPS), interpreted_weights(lower, lower_exponent, WARPS)
+        for n in tl.static_range(TOKENS):
+            tokens = interpreted_tokens(x[8 * n : 8 * n + 8], WARPS).permute(0, 2, 1)
+            products = products + tl.split(tl.dot(a, tokens, input_precision="ieee").reshape(WARPS * 32, 2))
+            products = products + tl.split(tl.dot(b, tokens, input_precision="ieee").reshape(WARPS * 32, 2))
+    else:
+        for _ in tl.static_range(4 * TOKENS):
+            products = products + (tl.zeros((WARPS * 32,), tl.float32),)  # type: ignore[assignment]
+        for j in tl.static_range(4):
+            a = decode_word(upper[j], (upper_exponent * 0x04000400).to(tl.uint32))
+            b = decode_word(lower[j], (lower_exponent * 0x04000400).to(tl.uint32))
+            more = ()
+            for n in tl.static_range(TOKENS):
+                v = as_halves(x[8 * n + 2 * j], x[8 * n + 2 * j + 1])
+                c = products[4 * n : 4 * n + 4]
+                for i in tl.static_range(2):
+                    c = tl.inline_asm_elementwise(
+                        MULTIPLY, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                        [a[2 * i], b[2 * i], a[2 * i + 1], b[2 * i + 1], v[2 * i], v[2 * i + 1],
+                         c[0], c[1], c[2], c[3]],
+                        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+                    )  # fmt: skip
+                more = more + (c[0], c[1], c[2], c[3])  # type: ignore[assignment]
+            products = more
+    return products
+
+
+@triton.jit
+def load_weights(codes_at, scales_at, block, q, K: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
+    """Codes (four words a block) and scale bytes (a word a block) of rows g and g + 8, four groups a block.
+
+    Blocks behind the last are read as the last: there x is zero.
+    """
+    GROUPS: tl.constexpr = K // 32
+    words = ()
+    scales = ()
+    for i in tl.static_range(2):
+        for b in tl.static_range(BLOCKS):
+            group = 4 * (block + b)
+            if GROUPS % 4 == 0:
+                if not WHOLE:
+                    group = tl.minimum(group, GROUPS - 4)
+                own = group + q
+                scale = tl.load((scales_at + (i * 8 * GROUPS + group)).to(tl.pointer_type(tl.uint32)))
+            else:
+                own = tl.minimum(group + q, GROUPS - 1)
+                scale = tl.zeros(q.shape, tl.uint32)
+                for t in tl.static_range(4):
+                    byte = tl.load(scales_at + (i * 8 * GROUPS) + tl.minimum(group + t, GROUPS - 1))
+                    scale |= byte.to(tl.uint32) << (8 * t)
+            words = words + load_four(codes_at + (i * K + own * 4), LOAD_ONCE)
+            scales = scales + (scale,)  # type: ignore[assignment]
+    return words, scales
+
+
+@triton.jit
+def relative_scale(scales, q):
+    """Of the four bytes of `scales`: 2^(largest - 127), infinity for 255, and byte number q minus the largest + 29."""
+    largest = tl.maximum(
+        tl.maximum(scales & 0xFF, (scales >> 8) & 0xFF), tl.maximum((scales >> 16) & 0xFF, scales >> 24)
+    ).to(tl.int32)
+    own = ((scales >> (8 * q).to(tl.uint32)) & 0xFF).to(tl.int32)
+    return (largest << 23).to(tl.float32, bitcast=True), tl.maximum(own - largest + 29, 0)
+
+
+@triton.jit
+def add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit(do_not_specialize=["M"])
 def decode_kernel(
-    x_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, alpha, M, N, K,
-    BIAS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, NVIDIA: tl.constexpr,
+    x_ptr, x_scale_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, alpha, M, N, K: tl.constexpr,
+    TOKENS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """x uint32 [M, K/2] (pairs of bfloat16), codes uint8 [N, K/2], scales uint8 [N, K/32], out [M, N].
+    """x uint32 and x_scale uint64 as `quantize_few_kernel` writes them, codes uint32 [N, K/8], scales uint8 [N, K/32],
+    out [M, N].
 
-    WHOLE: N is a multiple of BLOCK_N and K of 32 GROUPS, so that weights are read without masks.
+    A program owns 16 rows of W; every step each warp multiplies BLOCKS blocks of four groups. A tensor has one element
+    a thread, so that element 32 w + l is in lane l of warp w, which is what the fragments are made of.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide_rows = rows.to(tl.int64)
-    tokens = tl.arange(0, TOKENS)
-    local = tl.arange(0, GROUPS)
-    # A row's GROUPS * 16 bytes lie together: read as one line, then seen as groups.
-    line = tl.arange(0, GROUPS * 16)
-    codes_at = codes_ptr + wide_rows[:, None] * (K // 2) + line[None, :]
-    if WHOLE:
-        # Words of four: single bytes cannot be copied ahead into shared memory.
-        words_ptr = scales_ptr.to(tl.pointer_type(tl.uint32))
-        scales_at = words_ptr + wide_rows[:, None] * (K // 128) + tl.arange(0, GROUPS // 4)[None, :]
-    else:
-        scales_at = scales_ptr + wide_rows[:, None] * (K // 32) + local[None, :]
-    x_at = (
-        x_ptr
-        + tokens.to(tl.int64)[None, None, :] * (K // 2)
-        + (local[:, None] * 16 + tl.arange(0, 16)[None, :])[:, :, None]
-    )
-    tokens_in = (tokens < M)[None, None, :]
-    rows_in = rows < N
-    acc = tl.zeros((GROUPS, BLOCK_N, TOKENS), tl.float32)
-    for step in tl.range(0, tl.cdiv(K // 32, GROUPS), num_stages=STAGES):
-        if WHOLE:
-            codes = tl.load(codes_at)
-            words = tl.load(scales_at)
-            scales = (words[:, :, None] >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]) & 0xFF
-            scales = scales.reshape(BLOCK_N, GROUPS)
-            scales_at += GROUPS // 4
-            x_in = tokens_in
-        else:
-            left = K // 32 - step * GROUPS
-            codes = tl.load(codes_at, mask=rows_in[:, None] & (line < left * 16)[None, :], other=0)
-            scales = tl.load(scales_at, mask=rows_in[:, None] & (local < left)[None, :], other=0)
-            scales_at += GROUPS
-            x_in = tokens_in & (local < left)[:, None, None]
-        x_even, x_odd = load_pairs(x_at, x_in, tl.bfloat16)
-        even, odd = decode_pairs(codes.reshape(BLOCK_N, GROUPS, 16).permute(1, 0, 2), NVIDIA)
-        product = tl.dot(even, x_even, input_precision="ieee")
-        product = tl.dot(odd, x_odd, product, input_precision="ieee")
-        # Bytes 0 and 255 go with codes of zero; as bit fields they are 0 and infinity, which gives 0 and NaN.
-        factors = (scales.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-        acc += product * factors.trans(1, 0)[:, :, None]
-        codes_at += GROUPS * 16
-        x_at += GROUPS * 16
-    y = tl.sum(acc, axis=0) * alpha
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows_in, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + tokens.to(tl.int64)[None, :] * N + wide_rows[:, None]
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=rows_in[:, None] & (tokens < M)[None, :])
+    GROUPS: tl.constexpr = K // 32
+    STEPS: tl.constexpr = (GROUPS + 4 * WARPS * BLOCKS - 1) // (4 * WARPS * BLOCKS)
+    WHOLE: tl.constexpr = GROUPS % (4 * WARPS * BLOCKS) == 0
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    q = lane % 4
+    first_row = tl.program_id(0) * 16
+    row = (first_row + lane // 4).to(tl.int64)
+    codes_at = codes_ptr + row * (K // 8)
+    scales_at = scales_ptr + row * GROUPS
+    words, scales = load_weights(codes_at, scales_at, warp * BLOCKS, q, K, BLOCKS, WHOLE)
+    if DEPENDENT:  # x and its scale may not have been written
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = ()
+    for _ in tl.static_range(4 * TOKENS):
+        total = total + (tl.zeros((32 * WARPS,), tl.float32),)  # type: ignore[assignment]
+    for step in tl.range(0, STEPS):
+        block = (step * WARPS + warp) * BLOCKS
+        following = (tl.minimum(step + 1, STEPS - 1) * WARPS + warp) * BLOCKS
+        next_words, next_scales = load_weights(codes_at, scales_at, following, q, K, BLOCKS, WHOLE)
+        if not INTERPRET:
+            tl.inline_asm_elementwise(KEEP_ORDER, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
+        for b in tl.static_range(BLOCKS):
+            x = ()
+            for n in tl.static_range(TOKENS):
+                x_at = x_ptr + (block * (TOKENS * WORDS) + lane * 4) + (b * TOKENS + n) * WORDS
+                x = x + load_four(x_at, LOAD) + load_four(x_at + WORDS // 2, LOAD)
+            upper_scale, upper_exponent = relative_scale(scales[b], q)
+            lower_scale, lower_exponent = relative_scale(scales[BLOCKS + b], q)
+            upper, lower = words[4 * b : 4 * b + 4], words[4 * (BLOCKS + b) : 4 * (BLOCKS + b) + 4]
+            products = multiply_block(upper, lower, upper_exponent, lower_exponent, x, WARPS, TOKENS)
+            more = ()
+            for n in tl.static_range(TOKENS):
+                two = tl.load(x_scale_ptr + ((block + b) // (CHUNK // 4) * (4 * TOKENS) + 4 * n + q))
+                left = two.to(tl.uint32).to(tl.float32, bitcast=True)
+                right = (two >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+                more = more + (  # type: ignore[assignment]
+                    total[4 * n] + products[4 * n] * (upper_scale * left),
+                    total[4 * n + 1] + products[4 * n + 1] * (upper_scale * right),
+                    total[4 * n + 2] + products[4 * n + 2] * (lower_scale * left),
+                    total[4 * n + 3] + products[4 * n + 3] * (lower_scale * right),
+                )
+            total = more
+        words = next_words
+        scales = next_scales
+    lane = tl.arange(0, 32)
+    for n in tl.static_range(TOKENS):
+        # One number a lane: together, the four would lie in one bank of shared memory for all lanes.
+        sums = tl.reduce(
+            (
+                total[4 * n].reshape(WARPS, 32), total[4 * n + 1].reshape(WARPS, 32),
+                total[4 * n + 2].reshape(WARPS, 32), total[4 * n + 3].reshape(WARPS, 32),
+            ), 0, add_four,
+        )  # fmt: skip
+        for i in tl.static_range(4):
+            out_row = first_row + 8 * (i // 2) + lane // 4
+            token = 8 * n + 2 * (lane % 4) + i % 2
+            y = sums[i] * alpha
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + out_row).to(tl.float32)
+            tl.store(out_ptr + (token.to(tl.int64) * N + out_row), y.to(out_ptr.dtype.element_ty), mask=token < M)
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def quantize_few_kernel(
+    x_ptr, matrix_ptr, data_ptr, scale_ptr, n_groups, factor, row_stride,
+    G: tl.constexpr, METHOD: tl.constexpr, RULE: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """R groups of a token of x [M, 32 n_groups] a program, padded with zeros to whole chunks of 64 groups.
+
+    data int32 [chunks * 16, TOKENS, 2, 8, 4, 4]: of blocks of four groups, eight tokens, the halves of a group, the
+    token, the group, and its words in the order of `quantize_groups`; scale float32 [chunks, 8 TOKENS].
+    """
+    WIDTH: tl.constexpr = 32 if G == 0 else G
+    ROWS: tl.constexpr = R // CHUNK
+    block = tl.arange(0, R * 32 // WIDTH)
+    column = tl.arange(0, WIDTH)
+    tiles = tl.cdiv(n_groups, R)
+    token = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * R
+    matrix = load_rotation(matrix_ptr, None, None, None, G, x_ptr.dtype.element_ty)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x_at = token.to(tl.int64) * row_stride + (first * 32 + block[:, None] * WIDTH + column[None, :])
+    x = tl.load(x_ptr + x_at, mask=(first + block * (WIDTH // 32) < n_groups)[:, None], other=0.0)
+    v = rotate(x, matrix, factor)
+    chunks = tl.cdiv(n_groups, CHUNK)
+    group = first + tl.arange(0, R)
+    words_at = (group // 4 * TOKENS + token // 8) * WORDS + token % 8 * 16 + group % 4 * 4
+    quantize_groups(
+        v, words_at, group < chunks * CHUNK, None, None, None, None, data_ptr, METHOD, RULE, False, 0,
+        scale_ptr, first // CHUNK * (8 * TOKENS) + token, chunks * (8 * TOKENS), ROWS, DEALT=8 * TOKENS,
+    )  # fmt: skip
 
 
 @lru_cache
-def _stages(device: torch.device) -> int:
-    if device.type != "cuda":
-        return STAGES
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return STAGES if shared >= 160 * 1024 else FEW_STAGES
+def can_depend(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def decode_matmul(
-    x: Tensor, codes: Tensor, scales: Tensor, *, alpha: float, bias: Tensor | None, out_dtype: torch.dtype
+def quantize_few(x: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor]:
+    """x [M, K] as `decode_kernel` reads it: int32 [blocks, TOKENS, 2, 8, 4, 4] and float32 [chunks, 8 TOKENS], where
+    TOKENS is a power of two; what belongs to tokens that there are not is undefined."""
+    M, groups = x.shape[0], x.shape[1] // 32
+    x = contiguous_rows(x)
+    tokens, chunks = next_power_of_2(cdiv(M, 8)), cdiv(groups, CHUNK.value)
+    data = torch.empty(chunks * 16, tokens, 2, 8, 4, 4, dtype=torch.int32, device=x.device)
+    scale = torch.empty(chunks, 8 * tokens, dtype=torch.float32, device=x.device)
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, x.device, x.dtype)
+    width = 0 if matrix is None else matrix.shape[0]
+    method = (config.statistic, config.scale_rule) if config.forward_method == "quest" else ("abs_max", None)
+    tile = 2 * max(width, 32)  # 64 rows of the rotation, as `quantize_forward` multiplies them
+    dependent = can_depend(x.device)
+    launch(
+        quantize_few_kernel,
+        x.device,
+        M * cdiv(groups, tile),
+        (x, matrix, data, scale, groups, inverse_root(max(width, 1)), x.stride(0)),
+        (width, *method, tile, tokens, dependent),
+        4,
+        dependent=dependent,
+    )
+    return data, scale
+
+
+WARPS_AND_BLOCKS = {
+    4: {1: (4, 1), 2: (4, 1), 4: (4, 1)},
+    2: {1: (8, 1), 2: (4, 2), 4: (4, 1)},
+    0: {1: (8, 2), 2: (8, 2), 4: (8, 1)},
+}
+"""Warps of a program and blocks a step, as measured on an H200: by programs a multiprocessor (more than), by TOKENS."""
+
+
+def warps_and_blocks(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
+    """The fewer programs there are, the more each has to have under way."""
+    each = programs / multiprocessors(device)
+    return next(choice[tokens] for more_than, choice in WARPS_AND_BLOCKS.items() if each > more_than)
+
+
+def multiply_few(
+    data: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tokens: int,
+    *,
+    alpha: float,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """``alpha * X @ W.T + bias`` of a few rows of x.
+    """``alpha * X @ W.T + bias`` of what :func:`quantize_few` made of ``tokens`` tokens.
+
+    codes and scales are aligned to 16 bytes; on Hopper they are read before the stream's last kernel has ended.
+    """
+    N, K = codes.shape[0], codes.shape[1] * 2
+    out = torch.empty((tokens, N), dtype=out_dtype, device=codes.device)
+    warps, blocks = warps_and_blocks(N // 16, data.shape[1], codes.device)
+    dependent = can_depend(codes.device)
+    launch(
+        decode_kernel,
+        codes.device,
+        N // 16,
+        (data.view(torch.uint32), scale.view(torch.uint64), codes.view(torch.uint32), scales, bias, out)
+        + (alpha, tokens, N),
+        (K, data.shape[1], warps, blocks, dependent),
+        warps,
+        dependent=dependent,
+    )
+    return out
+
+
+def decode_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    config: QuartetConfig,
+    alpha: float,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``alpha * Q(X) @ W.T + bias`` of a few tokens, with the codes of ``quantize_forward``.
 
     Args:
-        x: bfloat16 [M, K] of ``code * scale``, 1 <= M <= 32: the operand of backend ``bf16``.
-        codes: uint8 [N, K/2], low nibble = even element.
+        x: float32, bfloat16 or float16 [M, K], 1 <= M <= 32, K a multiple of the rotation's width.
+        codes: uint8 [N, K/2], low nibble = even element, N a multiple of 16.
         scales: E8M0 bytes, uint8 [N, K/32]; byte 255 makes its whole column of y NaN.
+        config: How x is rotated and quantised. Groups of x more than 28 binades below the largest of their 64 round to
+            nearest even, groups of W more than 23 below the largest of their four.
         alpha: Product of the operands' factors.
         bias: [N], any floating dtype, or None.
         out_dtype: float32, bfloat16 or float16; rounded once, from float32.
@@ -169,13 +391,6 @@ def decode_matmul(
     Returns:
         [M, N] of out_dtype.
     """
-    (M, K), N = x.shape, codes.shape[0]
-    out = torch.empty((M, N), dtype=out_dtype, device=x.device)
-    rows = ROWS if triton.cdiv(N, ROWS) >= MIN_PROGRAMS else FEW_ROWS
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    decode_kernel[(triton.cdiv(N, rows),)](
-        x.contiguous().view(torch.uint32), codes.contiguous(), scales.contiguous(), out if bias is None else bias, out,
-        alpha, M, N, K, BIAS=bias is not None, BLOCK_N=rows, GROUPS=GROUPS, TOKENS=max(8, triton.next_power_of_2(M)),
-        STAGES=_stages(x.device), WHOLE=N % rows == 0 and K % (32 * GROUPS) == 0, NVIDIA=nvidia, num_warps=GROUPS,
-    )  # fmt: skip
-    return out
+    codes, scales = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (codes.contiguous(), scales.contiguous()))
+    few = quantize_few(x, config)  # before the product, with nothing between: it waits for all that was before
+    return multiply_few(*few, codes, scales, x.shape[0], alpha=alpha, bias=bias, out_dtype=out_dtype)

@@ -51,6 +51,7 @@ def launch(
     constants: tuple[Any, ...],
     warps: int,
     stages: int = 3,
+    dependent: bool = False,
 ) -> None:
     """Launch as many programs of a kernel on the device's current stream.
 
@@ -61,17 +62,20 @@ def launch(
         arguments: Tensors, descriptors, integers, floats and None, for its first parameters.
         constants: Values of its constexpr parameters.
         warps, stages: Triton's options ``num_warps`` and ``num_stages``.
+        dependent: On Hopper and later, start while the kernel before it ends (programmatic dependent launch); it waits
+            where it says so. One of the constants has to say the same.
     """
     if PORTABLE:
         kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
         return
     if _several_devices() and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, device, programs, arguments, constants, warps, stages)
+            launch(kernel, device, programs, arguments, constants, warps, stages, dependent)
         return
     key = (id(kernel), device.index, warps, stages, constants, *map(_specialization, arguments))
     found = _compiled.get(key)
     if found is None:
-        _compiled[key] = kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
+        options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if dependent else {})
+        _compiled[key] = kernel[(programs,)](*arguments, *constants, **options)
     else:
         found[programs, 1, 1](*arguments, *constants)

@@ -132,15 +132,16 @@ def quantize_columns_kernel(
 
 def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> int:
     """How many programs walk over tiles: no more than fit the device at once."""
-    return min(tiles, per_multiprocessor * _multiprocessors(device))
+    return min(tiles, per_multiprocessor * multiprocessors(device))
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; without end on a CPU."""
     return 1 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(x: Tensor) -> Tensor:
+def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, else a copy."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
@@ -211,7 +212,7 @@ def quantize_forward(
     [M] of powers of two; ``"bf16"``: bfloat16 [M, K] of ``code * scale`` and an empty tensor.
     """
     rows, columns = x.shape
-    x = _rows(x)
+    x = contiguous_rows(x)
     codes, scales = empty_codes(rows, columns, x.device)
     mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
     data = row_scale = None
@@ -298,7 +299,7 @@ def quantize_backward(
     :func:`quantize_forward`, and no codes are kept.
     """
     rows, columns = x.shape
-    x = _rows(x)
+    x = contiguous_rows(x)
     stochastic = rounding == "stochastic"
     matrix = rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, x.device, x.dtype)
     sign_role = sign_role if signs is None else None
