@@ -479,21 +479,22 @@ def quantize_groups(
     finite = largest < FIRST_NOT_FINITE
     if METHOD == "abs_max":
         exponent = abs_max_exponent(largest)
-        # One factor: the inner product is exact, or so small that its code is 0 in any case.
-        factor = per_element(power_of_two(-exponent) * 0.75)
+        # One factor: the inner product is exact, or so small that its code is 0 in any case. The magnitude is taken of
+        # the product, which keeps the compiler from rounding product and sum at once.
+        u = v * per_element(power_of_two(-exponent) * 0.75)
+        magnitude = tl.abs(u)
     else:
         exponent = quest_exponent(v, largest, METHOD, RULE)
-        factor = per_element(power_of_two(-exponent))
-    magnitude = tl.abs(v) * factor
+        magnitude = tl.abs(v) * per_element(power_of_two(-exponent))
 
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
         values = values_of(rounded)
     elif METHOD == "abs_max" and codes_ptr is None:
-        values = signed_rounding(v * factor)
+        values = signed_rounding(u)
     else:
         clipped = magnitude if METHOD == "abs_max" else tl.minimum(magnitude, 6.0)
-        shift = rounding_shift(clipped)
+        shift = rounding_shift(u if METHOD == "abs_max" else clipped)  # reads an exponent: no need of a magnitude
         rounded = clipped + shift
         values = rounded - shift
 

@@ -23,8 +23,9 @@ from .launch import cdiv, launch, next_power_of_2
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
-WHOLE_ROW_GROUPS = 256
-"""Rows up to this long are held by one program, of twice the warps where they do not fit a tile."""
+WHOLE_ROW_GROUPS = {"forward": 128, "backward": 256}
+"""Rows up to this long are held by one program, of twice the warps where they do not fit a tile. Those that write codes
+and a mask as well wait for longer than a second launch takes."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
@@ -170,10 +171,10 @@ def empty_operand(
     return *empty_codes(rows, columns, device), None
 
 
-def holds_rows(columns: int) -> bool:
+def holds_rows(columns: int, direction: str) -> bool:
     """Whether programs hold whole rows, and so know their scales, without much of a tile lying idle."""
     groups = columns // 32
-    return 0 < groups <= WHOLE_ROW_GROUPS and 8 * groups >= 7 * next_power_of_2(groups)
+    return 0 < groups <= WHOLE_ROW_GROUPS[direction] and 8 * groups >= 7 * next_power_of_2(groups)
 
 
 def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -216,7 +217,7 @@ def quantize_forward(
     codes, scales = empty_codes(rows, columns, x.device)
     mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
     data = row_scale = None
-    whole = operand == "fp8" and holds_rows(columns)
+    whole = operand == "fp8" and holds_rows(columns, "forward")
     if operand == "bf16":
         data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     elif whole:
@@ -306,7 +307,7 @@ def quantize_backward(
     rounding_constants = (stochastic, role if stochastic else 0, sign_role)
     if not transpose:
         constants = ("abs_max", None, *rounding_constants)
-        if operand == "fp8" and holds_rows(columns):  # no codes are needed
+        if operand == "fp8" and holds_rows(columns, "backward"):  # no codes are needed
             fp8, row_scale = empty_fp8(rows, columns, x.device)
             _launch_rows(x, matrix, signs, seed, None, None, None, fp8, row_scale, PROGRAMS[rounding], constants)
             return fp8.view(torch.float8_e5m2), row_scale
