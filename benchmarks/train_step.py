@@ -9,6 +9,7 @@ their ratio means something.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -137,8 +138,11 @@ def main() -> None:
             row = measure(model, options.batch, options.sequence, options.steps, RUNS[label], not options.eager)
             base = base or row["tokens/s"]
             report.append({"model": model, "run": label, **row, "ratio": row["tokens/s"] / base})
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+            print(json.dumps(report[-1]), flush=True)
+            if options.json:
+                temporary = options.json.with_suffix(".tmp")
+                temporary.write_text(json.dumps(report, indent=2) + "\n")
+                os.replace(temporary, options.json)
 
 
 if __name__ == "__main__":
