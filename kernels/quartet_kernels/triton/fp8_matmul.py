@@ -168,7 +168,8 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: 
         block_m, block_n, warps = 128, 256, 8
     else:
         block_m, block_n, warps = 128, 128, 4
-    parts = min(4 if group else 2, block_n // max(group, 32))  # a part holds whole rotation blocks
+    # A part holds whole rotation blocks; float32 takes three products to rotate back, and registers for them.
+    parts = min(2 * out_bytes if group else 2, block_n // max(group, 32))
     # Beside the operands: the output, or the mask and the rotation on their way into registers; barriers.
     outside = block_m * (block_n // parts) * out_bytes + masked * block_m * block_n // 8 + group * group * 4 + 1024
     stages = min(4, (SHARED_BYTES - outside) // ((block_m + block_n) * 128))
