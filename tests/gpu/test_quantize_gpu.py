@@ -7,6 +7,7 @@ must be what the reference decides for some v within 2^-20 max|x| of the float64
 import pytest
 import torch
 from gemm_cases import untile
+from rounding_cases import half_way
 from torch import Tensor
 
 from quartet_kernels import philox, reference
@@ -62,6 +63,19 @@ def assert_codes(codes: Tensor, scales: Tensor, v: Tensor, bound: Tensor, factor
     inside = (low <= ours) & (ours <= high)
     assert inside[used].all()
     assert_rare((ours != rounding(v * unit))[used])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_product_is_rounded_before_the_sum_that_follows(transpose):
+    _, quantize_backward, *_ = kernels()
+    x = half_way().cuda()
+    x = x.t().contiguous() if transpose else x
+    ours = quantize_backward(x, transpose=transpose)
+    for a, b in zip(ours, reference.quantize_backward_packed(x, transpose=transpose), strict=True):
+        assert torch.equal(a, b)
+    data, scale = quantize_backward(x, transpose=transpose, operand="fp8")
+    values, _ = reference.quantize_backward(x, transpose=transpose)
+    assert torch.equal(data.float() * scale[:, None], values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

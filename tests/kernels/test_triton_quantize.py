@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from gemm_cases import untile
+from rounding_cases import half_way
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -219,7 +220,7 @@ def test_backward(rounding, signs, transpose):
 def test_backward_edges(rounding, transpose):
     arguments = {**backward_arguments(rounding, "drawn"), "transpose": transpose}
     x = edge_groups()
-    for y in (x, x.repeat(2, 1).t()):
+    for y in (x, x.repeat(2, 1).t(), half_way(), half_way().t()):
         ours = quantize_backward(y, **arguments)
         for a, b in zip(ours, reference.quantize_backward_packed(y, **arguments), strict=True):
             assert torch.equal(a, b)
