@@ -220,7 +220,7 @@ def test_backward(rounding, signs, transpose):
 def test_backward_edges(rounding, transpose):
     arguments = {**backward_arguments(rounding, "drawn"), "transpose": transpose}
     x = edge_groups()
-    for y in (x, x.repeat(2, 1).t(), half_way(), half_way().t()):
+    for y in (x, x.repeat(2, 1).t(), half_way().t() if transpose else half_way()):
         ours = quantize_backward(y, **arguments)
         for a, b in zip(ours, reference.quantize_backward_packed(y, **arguments), strict=True):
             assert torch.equal(a, b)
