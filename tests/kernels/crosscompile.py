@@ -183,7 +183,7 @@ def others(arch: str) -> Iterator[Case]:
     if not arch.startswith("gfx"):  # AMD's GPUs never take it
         types = {"x_ptr": "*u32", "x_scale_ptr": "*u64", "codes_ptr": "*u32", "scales_ptr": "*u8", "out_ptr": "*bf16"}
         for tokens in (1, 4):
-            warps, blocks = decode.WARPS_AND_BLOCKS[4][tokens]
+            warps, blocks = decode.warps_and_blocks(5, tokens, int(arch) >= 90)
             few = {"K": 4096, "TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPENDENT": int(arch) >= 90}
             form = f"{8 * tokens} tokens"
             yield Case(arch, "decode", form, decode.decode_kernel, few | {"bias_ptr": None}, types, warps)

@@ -328,9 +328,10 @@ WARPS_AND_BLOCKS = {
 """Warps of a program and blocks a step, as measured on an H200: by programs a multiprocessor (more than), by TOKENS."""
 
 
-def warps_and_blocks(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """The fewer programs there are, the more each has to have under way."""
-    each = programs / multiprocessors(device)
+def warps_and_blocks(each: float, tokens: int, hopper: bool) -> tuple[int, int]:
+    """The fewer programs each multiprocessor has, the more each of them has to have under way."""
+    if tokens == 4 and not hopper:
+        return 8, 1  # four warps lack two registers on 8.0
     return next(choice[tokens] for more_than, choice in WARPS_AND_BLOCKS.items() if each > more_than)
 
 
@@ -351,8 +352,8 @@ def multiply_few(
     """
     N, K = codes.shape[0], codes.shape[1] * 2
     out = torch.empty((tokens, N), dtype=out_dtype, device=codes.device)
-    warps, blocks = warps_and_blocks(N // 16, data.shape[1], codes.device)
     dependent = can_depend(codes.device)
+    warps, blocks = warps_and_blocks(N // 16 / multiprocessors(codes.device), data.shape[1], dependent)
     launch(
         decode_kernel,
         codes.device,
