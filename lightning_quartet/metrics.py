@@ -141,7 +141,27 @@ class QuantizationSNR(Metric):
         return snr_db(self.signal, self.noise)
 
 
-class ClipFraction(Metric):
+class _Fraction(Metric):
+    """Elements that were counted, of all."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    counted: Tensor
+    elements: Tensor
+
+    def __init__(self, config: QuartetConfig | None, mode: Mode, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        for name in ("counted", "elements"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """The fraction, float64 scalar."""
+        return self.counted.double() / self.elements
+
+
+class ClipFraction(_Fraction):
     """Fraction of elements that the forward projection clips; their gradients are masked. NaN before any update.
 
     About 0.01 for a normal distribution with the default recipe; always 0 with ``forward_method="abs_max"``.
@@ -151,27 +171,14 @@ class ClipFraction(Metric):
         kwargs: As in :class:`torchmetrics.Metric`.
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    clipped: Tensor
-    elements: Tensor
-
     def __init__(self, config: QuartetConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config = config or QuartetConfig()
-        for name in ("clipped", "elements"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(config, "forward", **kwargs)
 
     def update(self, x: Tensor) -> None:
         """Add a tensor, float [..., K]."""
         sums = projection_sums(x, self.config)
-        self.clipped += sums.clipped
+        self.counted += sums.clipped
         self.elements += sums.elements
-
-    def compute(self) -> Tensor:
-        """The fraction, float64 scalar."""
-        return self.clipped.double() / self.elements
 
 
 class ScaleExponentHistogram(Metric):
@@ -208,7 +215,7 @@ class ScaleExponentHistogram(Metric):
         return self.scales
 
 
-class FP8SpanMisses(Metric):
+class FP8SpanMisses(_Fraction):
     """Fraction of MXFP4 elements that backend ``fp8`` rounds: those too far below the largest scale of their row.
 
     An FP8 operand holds a row of codes relative to one power of two, exactly over 28 binades (E5M2); this counts what
@@ -223,17 +230,8 @@ class FP8SpanMisses(Metric):
         ValueError: If the mode is unknown.
     """
 
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    missed: Tensor
-    elements: Tensor
-
     def __init__(self, config: QuartetConfig | None = None, mode: Mode = "forward", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config, self.mode = config or QuartetConfig(), _checked(mode)
-        for name in ("missed", "elements"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(config, mode, **kwargs)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -247,12 +245,8 @@ class FP8SpanMisses(Metric):
         relative = torch.ldexp(codes, (exponents - top + 13)[..., None])
         # A NaN makes its whole row NaN: nothing is missed there.
         finite = (packed.scales != NAN_BYTE).all(-1, keepdim=True)[..., None]
-        self.missed += ((relative.to(torch.float8_e5m2).to(relative.dtype) != relative) & finite).sum()
+        self.counted += ((relative.to(torch.float8_e5m2).to(relative.dtype) != relative) & finite).sum()
         self.elements += x.numel()
-
-    def compute(self) -> Tensor:
-        """The fraction, float64 scalar."""
-        return self.missed.double() / self.elements
 
 
 class GradientAlignment(Metric):

@@ -23,9 +23,9 @@ from torch import Tensor
 from ..config import QuartetConfig
 from ..rotation import rotation_matrix
 from .common import INTERPRET, load_rotation, quantize_groups, rotate
-from .launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, multiprocessors, next_power_of_2
 from .matmul import decode_codes
-from .quantize import contiguous_rows, inverse_root, multiprocessors
+from .quantize import contiguous_rows, inverse_root
 
 CHUNK = tl.constexpr(64)  # groups of x that share a scale
 WORDS = tl.constexpr(256)  # 32-bit words of x for four groups and eight tokens

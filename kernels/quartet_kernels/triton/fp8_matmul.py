@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, multiprocessors
 from .matmul import (
     GROUP_M,
     apply_mask,
@@ -150,12 +150,6 @@ def fp8_pointer_kernel(
     )
     inside = rows_in[:, None] & cols_in[None, :]
     tl.store(c_ptr + rows[:, None] * N + cols[None, :], v.to(c_ptr.dtype.element_ty), mask=inside)
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device: the number of persistent programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: int, out_bytes: int) -> Tile:

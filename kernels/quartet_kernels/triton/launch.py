@@ -27,6 +27,12 @@ def next_power_of_2(n: int) -> int:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; without end on a CPU."""
+    return 1 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
 

@@ -18,7 +18,7 @@ from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, tiles_scales
 from .expand import expand
-from .launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, multiprocessors, next_power_of_2
 
 Operand = tuple[Tensor, Tensor]
 
@@ -134,12 +134,6 @@ def quantize_columns_kernel(
 def programs(tiles: int, device: torch.device, per_multiprocessor: int) -> int:
     """How many programs walk over tiles: no more than fit the device at once."""
     return min(tiles, per_multiprocessor * multiprocessors(device))
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; without end on a CPU."""
-    return 1 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
@@ -260,9 +254,8 @@ def _launch_rows(
     width = 0 if matrix is None else matrix.shape[0]
     smallest = 64 * max(width, 64) // 32  # a product needs 64 rows for the tensor cores of Hopper
     contiguous = x.is_contiguous()  # else its strides matter, which compiles another kernel
-    per_row, row_stride = 1, x.stride(0)
+    per_row = 1
     if row_scale is None:
-        row_stride = 0 if contiguous else row_stride
         tile = max(min(GROUPS_PER_TILE, next_power_of_2(rows * n_groups)), smallest)
         tiles = cdiv(rows * n_groups, tile)
     else:
@@ -276,7 +269,7 @@ def _launch_rows(
         x.device,
         programs(tiles, x.device, per_multiprocessor),
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
-        + (rows, n_groups, inverse_root(max(width, 1)), row_stride, tiled),
+        + (rows, n_groups, inverse_root(max(width, 1)), 0 if contiguous else x.stride(0), tiled),
         (contiguous, width, *constants, tile, per_row, STAGES),
         NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // 32),
     )
