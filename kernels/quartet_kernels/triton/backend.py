@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends import Backend
 from ..reference import Operand
 from . import fp8_matmul, matmul, native_matmul
-from .common import tile_scales, tiles_scales
+from .common import tile_scales, tiled_shape, tiles_scales
 from .expand import expand as expand_fp8
 from .mxfp8 import quantize_mxfp8
 from .quantize import quantize_backward, quantize_forward
@@ -60,7 +60,7 @@ def _empty_native(x: Tensor, rows: int, columns: int) -> Operand:
     if not tiles_scales(x.device):
         return _empty_packed(x, rows, columns)
     # Of the shape only: the fill of `empty_tiled` is no part of a fake.
-    scales = x.new_empty((rows + 127) // 128, (columns // 32 + 3) // 4, 2, 256, dtype=torch.uint8)
+    scales = x.new_empty(tiled_shape(rows, columns // 32), dtype=torch.uint8)
     return x.new_empty(rows, columns // 2, dtype=torch.uint8), scales
 
 

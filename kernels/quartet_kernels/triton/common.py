@@ -31,11 +31,15 @@ def tiles_scales(device: torch.device) -> bool:
     return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10)
 
 
+def tiled_shape(rows: int, groups: int) -> tuple[int, int, int, int]:
+    """[rows / 128, groups / 4, 2, 256], rounded up: blocks of 128 x 4 scales, which TMA brings to shared memory as
+    `tcgen05.cp` takes them into tensor memory."""
+    return (rows + 127) // 128, (groups + 3) // 4, 2, 256
+
+
 def empty_tiled(rows: int, groups: int, device: torch.device) -> torch.Tensor:
-    """Scales uint8 [rows / 128, groups / 4, 2, 256], rounded up, of 128 x 4 each: a block that TMA brings to shared
-    memory as `tcgen05.cp` takes it into tensor memory. Of groups that do not exist it is 127: 255 times code 0 is NaN.
-    """
-    shape = ((rows + 127) // 128, (groups + 3) // 4, 2, 256)
+    """Scales uint8 of `tiled_shape`; of groups that do not exist they are 127, since 255 times code 0 is NaN."""
+    shape = tiled_shape(rows, groups)
     # Rows that do not exist give elements that are not stored: what is in them does not matter.
     if groups % 4:
         return torch.full(shape, 127, dtype=torch.uint8, device=device)
