@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4
 from quartet_kernels.linear import finish_gradient
 from quartet_kernels.mxfp4 import GROUP_SIZE
-from quartet_kernels.ops import forward_factor
 
 aten = torch.ops.aten
 
@@ -153,10 +152,6 @@ class GatheredWeight(Tensor):
 
     def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, config: QuartetConfig) -> None:
         self.codes, self.scales, self.config = codes, scales, config
-
-    def packed(self) -> MXFP4Tensor:
-        """The quantised weight."""
-        return MXFP4Tensor(self.codes, self.scales, forward_factor(self.config))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GatheredWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quartet.gathered import GatheredWeight
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
+from quartet_kernels.ops import forward_factor
 from quartet_kernels.reference import rotate
 from quartet_kernels.rotation import rotation_matrix
 
@@ -66,13 +67,10 @@ class QuartetLinear(nn.Linear):
             _warn_step_never_set(self)
         weight = self.weight
         if isinstance(weight, GatheredWeight):
+            # Made here: torch.compile takes a method of the weight for an operator, and breaks the graph.
+            packed = MXFP4Tensor(weight.codes, weight.scales, forward_factor(self.quartet_config))
             return quartet_linear(
-                input,
-                weight.packed(),
-                self.bias,
-                config=self.quartet_config,
-                seed=self._quartet_seed,
-                master=weight,
+                input, packed, self.bias, config=self.quartet_config, seed=self._quartet_seed, master=weight
             )
         if _is_dtensor(weight):
             from lightning_quartet.tensor_parallel import parallel_linear

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Replicate
@@ -197,6 +198,7 @@ def train(
         chosen = ModelParallelStrategy(data_parallel_size=replicas, tensor_parallel_size=2)
     data_steps = data_steps or steps
     trainer = make_trainer(world_size, chosen, max(1, steps // data_steps), callbacks=[QuartetQAT(config)], **options)
+    counters.clear()
     trainer.fit(net, batches(world_size, replicas, data_steps, global_batch), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
@@ -206,6 +208,8 @@ def train(
         "logged": trainer.logged_metrics,
         "weights": net.weights,
         "strategy": type(trainer.strategy).__name__,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": dict(counters["graph_break"]),
     }
 
 

@@ -110,6 +110,9 @@ def test_combinations_give_the_weights_of_one_process(ranks, combination):
     assert results[0]["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+    compiled = combination.get("model", {}).get("compiled", False)
+    assert results[0]["graph_breaks"] == {}
+    assert (results[0]["graphs"] > 0) == compiled
 
 
 @pytest.mark.parametrize("masters", [True, False])
