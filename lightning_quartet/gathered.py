@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4
+from quartet_kernels import QuartetConfig, quantize_mxfp4
 from quartet_kernels.linear import finish_gradient
 from quartet_kernels.mxfp4 import GROUP_SIZE
 
@@ -39,6 +40,10 @@ class ShardedWeight(Tensor):
     plain: Tensor
     out_features: int
     config: QuartetConfig
+    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask.
+    buffer: Tensor | None = None
+    mask: Tensor | None = None
+    in_backward: bool = False
 
     @staticmethod
     def __new__(cls, data: Tensor, out_features: int, config: QuartetConfig) -> Self:
@@ -79,21 +84,27 @@ class ShardedWeight(Tensor):
     def finish_gradient(self, gradient: Tensor) -> None:
         """Mask and rotate back, in place, these rows' reduced gradient, float [rows, in_features]."""
         if gradient.numel():
-            gradient.copy_(finish_gradient(gradient, self.plain, self.config))
+            gradient.copy_(finish_gradient(gradient, self.mask, self.config))
 
     # With more parameters FSDP2 would insist on inputs of the shard's own size where rows do not divide evenly.
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor], None]:
         """The rows to send, uint8 [rows of the largest shard, 17/32 in_features]: codes, then scales."""
-        rows, width = self.plain.shape
-        buffer = self.plain.new_empty(-(-self.out_features // mesh.size()), width * 17 // 32, dtype=torch.uint8)
-        if rows:
-            packed = quantize_mxfp4(self.plain, config=self.config, backend=self.config.backend)
-            assert isinstance(packed, MXFP4Tensor)  # for the type checker
-            buffer[:rows, : width // 2] = packed.codes
-            buffer[:rows, width // 2 :] = packed.scales
-        buffer[rows:] = 0
+        if self.buffer is None or not self.in_backward:
+            self.buffer = self._pack(-(-self.out_features // mesh.size()))
+        buffer = self.buffer
+        if self.in_backward:
+            self.buffer = None
         # One tensor: with two, FSDP2 copies only the first where there is a single rank.
         return (buffer,), None
+
+    def _pack(self, rows: int) -> Tensor:
+        own, width = self.plain.shape
+        if own == 0:
+            return self.plain.new_zeros(rows, width * 17 // 32, dtype=torch.uint8)
+        clips = self.config.forward_method == "quest"
+        found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
+        packed, self.mask = found if isinstance(found, tuple) else (found, None)
+        return F.pad(torch.cat((packed.codes, packed.scales), dim=1), (0, 0, 0, rows - own))
 
     def fsdp_post_all_gather(
         self, all_gather_outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *, out: Any = None

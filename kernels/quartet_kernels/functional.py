@@ -1,5 +1,6 @@
 """Quantisation and products of packed tensors, for use without a layer."""
 
+import math
 from typing import Literal
 
 import torch
@@ -62,7 +63,7 @@ def quantize_mxfp4(
 
     # The quantisers of all others are the same, and these write scales as they are stored.
     name = "reference" if select_backend(backend, x.device, x.dtype).name == "reference" else "triton"
-    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     mask = None
     if mode == "forward":
         codes, scales, mask, _, _ = load_backend(name).quantize_forward(rows, config=config, mask=return_mask)
@@ -84,8 +85,9 @@ def quantize_mxfp4(
         if return_mask:
             mask = torch.full_like(scales, -1, dtype=torch.int32)
     leading = x.shape[:-1]
-    tensor = MXFP4Tensor(codes.view(*leading, -1), scales.view(*leading, -1), factor)
-    return (tensor, mask.view(*leading, -1)) if mask is not None else tensor
+    codes, scales = (part.view(*leading, part.shape[1]) for part in (codes, scales))  # -1 fails without elements
+    tensor = MXFP4Tensor(codes, scales, factor)
+    return (tensor, mask.view(scales.shape)) if mask is not None else tensor
 
 
 def mxfp4_matmul(

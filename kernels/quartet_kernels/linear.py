@@ -196,25 +196,22 @@ class _QuartetLinear(torch.autograd.Function):
         return dx, dw, None, db, None, None, None, None
 
 
-def finish_gradient(gradient: Tensor, weight: Tensor, config: QuartetConfig) -> Tensor:
+def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig) -> Tensor:
     """A gradient that ``quartet_linear(..., master=...)`` gave, masked and rotated back: that of the weight itself.
 
     It is linear and works row by row, so it may follow a sum over micro-batches or ranks, on any rows of the two.
 
     Args:
         gradient: float [N, K], in the rotated basis, not clipped.
-        weight: float [N, K], what the packed weight was quantised from.
+        mask: Clip mask of the weight, int32 [N, K/32]; None where the forward method clips nothing.
         config: That of the layer.
 
     Returns:
         [N, K] in the gradient's dtype.
     """
-    mask = None
-    if config.forward_method == "quest":
-        _, mask, _ = _project(weight, config, True)
-    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, weight.device)
-    backend = select_backend(config.backend, weight.device, weight.dtype)
+    matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, gradient.device)
     wide = gradient.to(compute_dtype(gradient))
+    backend = select_backend(config.backend, wide.device, wide.dtype)
     return backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype)
 
 

@@ -192,16 +192,20 @@ class QuartetFSDP(ModelParallelStrategy):
     def _finish_gradients(self) -> Generator[None, None, None]:
         """Around a backward: mask and rotate back what it adds to the shards' gradients, and only that."""
         before = [weight.grad for weight in self._weights]
-        for weight in self._weights:
+        shards = [shard for weight in self._weights if (shard := _shard_of(weight)) is not None]
+        for weight, shard in zip(self._weights, shards, strict=True):
             weight.grad = None
-        yield
+            shard.in_backward = True
+        try:
+            yield
+        finally:
+            for shard in shards:
+                shard.in_backward = False
         with torch.no_grad():
-            for weight, old in zip(self._weights, before, strict=True):
+            for weight, shard, old in zip(self._weights, shards, before, strict=True):
                 if weight.grad is None:
                     weight.grad = old
                     continue
-                shard = _shard_of(weight)
-                assert shard is not None  # for the type checker
                 shard.finish_gradient(weight.grad._local_tensor)  # type: ignore[attr-defined]
                 if old is not None:
                     weight.grad += old

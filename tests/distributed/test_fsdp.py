@@ -29,6 +29,10 @@ def test_shards_of_any_number_of_rows_gather_to_the_whole_quantised_weight(ranks
     sent = [shard.fsdp_pre_all_gather(Mesh(ranks_))[0][0] for shard in shards]
     assert {tensor.shape for tensor in sent} == {(rows, 34)}  # the same from all, also from a rank without rows
     assert sent[0].nbytes <= 0.54 * rows * 64
+    for shard in shards:
+        shard.in_backward = True
+    again = [shard.fsdp_pre_all_gather(Mesh(ranks_))[0][0] for shard in shards]
+    assert all(map(torch.equal, sent, again))
     gathered, inner = shards[0].fsdp_post_all_gather((torch.cat(sent),), None, torch.bfloat16)
     expected = quantize_mxfp4(weight, config=config)
     assert (gathered.shape, gathered.dtype) == ((32, 64), torch.bfloat16)

@@ -236,3 +236,10 @@ def test_each_gpu_gets_its_fastest_backend(capability, architecture, triton, cho
         backends._automatic.cache_clear()
     assert [name for name, reason in reasons.items() if "chosen" in reason] == [chosen]
     assert all(reason.startswith("can run") or " needs " in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])
+def test_a_tensor_without_rows_quantises_to_one_without_rows(shape, mode):
+    packed, mask = quantize_mxfp4(torch.empty(shape), mode=mode, return_mask=True)
+    assert (packed.shape, mask.shape) == (shape, (*shape[:-1], 2))
