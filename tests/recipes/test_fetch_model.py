@@ -2,6 +2,7 @@
 
 import runpy
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"something else entirely, of 40 bytes....")
     with pytest.raises(ValueError, match="not a GGUF file of version 3"):
         FETCH["GGUF"](tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("example", ["finetune_llm", "classify_text", "classify_images"])
+def test_asking_for_help_fetches_nothing(example, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fetch.py", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(ROOT / "examples" / example / "fetch.py"), run_name="__main__")
+    assert "default: .cache" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
