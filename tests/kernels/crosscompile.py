@@ -182,9 +182,11 @@ def others(arch: str) -> Iterator[Case]:
     yield Case(arch, "dequantize", "", matmul.dequantize_kernel, {"BLOCK_M": 32, "BLOCK_K": 256}, types, 4)
     if not arch.startswith("gfx"):  # AMD's GPUs never take it
         types = {"x_ptr": "*u32", "x_scale_ptr": "*u64", "codes_ptr": "*u32", "scales_ptr": "*u8", "out_ptr": "*bf16"}
-        for tokens in (1, 4):
-            warps, blocks = decode.warps_and_blocks(5, tokens, int(arch) >= 90)
-            few = {"K": 4096, "TOKENS": tokens, "WARPS": warps, "BLOCKS": blocks, "DEPENDENT": int(arch) >= 90}
+        for tokens in (1, 2, 4):
+            hopper = int(arch) >= 90
+            warps, tiles, blocks, ahead = decode.form(896, 132, tokens, hopper)
+            few = {"K": 4096, "TOKENS": tokens, "WARPS": warps, "TILES": tiles, "BLOCKS": blocks, "AHEAD": ahead}
+            few |= {"DEPENDENT": hopper}
             form = f"{8 * tokens} tokens"
             yield Case(arch, "decode", form, decode.decode_kernel, few | {"bias_ptr": None}, types, warps)
     if arch in FP8:

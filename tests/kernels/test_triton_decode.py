@@ -55,6 +55,17 @@ def test_configurations(options):
     assert relative_error(y, expected_product(x, case, config)) < 1e-6
 
 
+@pytest.mark.parametrize("N", [64, 48])
+def test_tiles_that_share_tokens(monkeypatch, N):
+    monkeypatch.setattr(kernel, "multiprocessors", lambda device: N // 16 / 5)
+    assert kernel.form(N // 16, N // 16 / 5, 2, True)[1] == (2 if N == 64 else 1)
+    case = make_case(torch.Generator().manual_seed(0), 2, N, 1056, out_dtype=torch.float32, bias=True)
+    x = torch.randn(11, 1056, generator=torch.Generator().manual_seed(1))
+    bias = case.epilogue["bias"]
+    y = kernel.decode_linear(x, case.b, case.b_scales, config=TRITON, alpha=1.0, bias=bias, out_dtype=torch.float32)
+    assert relative_error(y, expected_product(x, case, TRITON) + bias) < 1e-6
+
+
 def test_every_code_and_the_ends_of_the_scales():
     codes = (8 * torch.arange(32)[:, None] + torch.arange(64)).to(torch.uint8)  # the first 8 columns have every byte
     x = 0.5 * torch.eye(16, 128)

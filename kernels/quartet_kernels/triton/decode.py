@@ -2,7 +2,7 @@
 
     y = alpha * Q(X) @ W.T (+ bias), X [M, K] quantised on the way, W packed MXFP4 [N, K]
 
-With so few tokens the time is that of reading the weights once, and of the instructions that decode them: about thirty
+With so few tokens the time is that of reading the weights once, and of the instructions that decode them: about 27
 for eight codes. So nothing is moved in registers: a lane loads 16 bytes, the group of 32 codes of one row, and what a
 tensor core's fragment (mma.m16n8k16) wants of them is a shift and a mask away, since the order of k is free as long as
 X is stored in the same order. The four groups that a product adds up are scaled to their largest scale in float16,
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import rotation_matrix
-from .common import INTERPRET, load_rotation, quantize_groups, rotate
+from .common import INTERPRET, load_rotation, permute_bytes, quantize_groups, rotate
 from .launch import cdiv, launch, multiprocessors, next_power_of_2
 from .matmul import decode_codes
 from .quantize import contiguous_rows, inverse_root
@@ -53,9 +53,27 @@ def load_four(pointers, ASM: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers):
+    """Bring what pointers point to into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def as_halves(even, odd):
     """Four registers of two float16 numbers, whose upper bytes are the bytes of two words of E5M2."""
-    return even & 0xFF00FF00, (even << 8) & 0xFF00FF00, odd & 0xFF00FF00, (odd << 8) & 0xFF00FF00
+    zero = even * 0
+    a, b = permute_bytes(even, zero, zero + 0x2404), permute_bytes(odd, zero, zero + 0x2404)  # byte 4 is zero
+    return even & 0xFF00FF00, a, odd & 0xFF00FF00, b
+
+
+@triton.jit
+def with_signs(words, signs):
+    """The highest bit of each byte of `signs`, the others of `words`."""
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, 0x80808080, 0xE4;", "=r,r,r", [signs, words], dtype=tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -68,9 +86,9 @@ def scaled(pair, factor):
 @triton.jit
 def decode_word(word, factor):
     """The eight codes of a word times `factor` (a pair of float16) times 2^-14, in the order of :func:`as_halves`."""
-    even = ((word << 1) & 0x0E0E0E0E) | ((word << 4) & 0x80808080)  # E2M1 in the low bits of E5M2
-    odd = ((word >> 3) & 0x0E0E0E0E) | (word & 0x80808080)
-    a, b, c, d = as_halves(even, odd)
+    # E2M1 in the low bits of E5M2; what lies between its sign and the others goes with the bytes that are masked.
+    even, odd = with_signs(word << 1, word << 4), with_signs(word >> 3, word)
+    a, b, c, d = even & 0x8E008E00, (even << 8) & 0x8E008E00, odd & 0x8E008E00, (odd << 8) & 0x8E008E00
     return scaled(a, factor), scaled(b, factor), scaled(c, factor), scaled(d, factor)
 
 
@@ -137,24 +155,28 @@ def multiply_block(upper, lower, upper_exponent, lower_exponent, x, WARPS: tl.co
 
 
 @triton.jit
-def load_weights(codes_at, scales_at, block, q, K: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr):
-    """Codes (four words a block) and scale bytes (a word a block) of rows g and g + 8, four groups a block.
+def load_weights(
+    codes_at, scales_at, block, q, K: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Codes (four words a block) and scale bytes (a word a block) of four groups, of rows g, g + 8 and so on.
 
     Blocks behind the last are read as the last: there x is zero.
     """
     GROUPS: tl.constexpr = K // 32
     words = ()
     scales = ()
-    for i in tl.static_range(2):
-        for b in tl.static_range(BLOCKS):
-            group = 4 * (block + b)
+    for b in tl.static_range(BLOCKS):
+        group = 4 * (block + b)
+        if GROUPS % 4 == 0:
+            if not WHOLE:
+                group = tl.minimum(group, GROUPS - 4)
+            own = group + q
+        else:
+            own = tl.minimum(group + q, GROUPS - 1)
+        for i in tl.static_range(2 * TILES):
             if GROUPS % 4 == 0:
-                if not WHOLE:
-                    group = tl.minimum(group, GROUPS - 4)
-                own = group + q
                 scale = tl.load((scales_at + (i * 8 * GROUPS + group)).to(tl.pointer_type(tl.uint32)))
             else:
-                own = tl.minimum(group + q, GROUPS - 1)
                 scale = tl.zeros(q.shape, tl.uint32)
                 for t in tl.static_range(4):
                     byte = tl.load(scales_at + (i * 8 * GROUPS) + tl.minimum(group + t, GROUPS - 1))
@@ -182,13 +204,15 @@ def add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 @triton.jit(do_not_specialize=["M"])
 def decode_kernel(
     x_ptr, x_scale_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, alpha, M, N, K: tl.constexpr,
-    TOKENS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
+    TOKENS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, BLOCKS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x uint32 and x_scale uint64 as `quantize_few_kernel` writes them, codes uint32 [N, K/8], scales uint8 [N, K/32],
     out [M, N].
 
-    A program owns 16 rows of W; every step each warp multiplies BLOCKS blocks of four groups. A tensor has one element
-    a thread, so that element 32 w + l is in lane l of warp w, which is what the fragments are made of.
+    A program owns TILES times 16 rows of W, which share what is read of x; every step each warp multiplies BLOCKS
+    blocks of four groups. AHEAD: while it waits for x, the codes of its second step come into the L2 cache. A tensor
+    has one element a thread, so that element 32 w + l is in lane l of warp w, which is what the fragments are made of.
     """
     GROUPS: tl.constexpr = K // 32
     STEPS: tl.constexpr = (GROUPS + 4 * WARPS * BLOCKS - 1) // (4 * WARPS * BLOCKS)
@@ -197,21 +221,26 @@ def decode_kernel(
     warp = thread // 32
     lane = thread % 32
     q = lane % 4
-    first_row = tl.program_id(0) * 16
+    first_row = tl.program_id(0) * (16 * TILES)
     row = (first_row + lane // 4).to(tl.int64)
     codes_at = codes_ptr + row * (K // 8)
     scales_at = scales_ptr + row * GROUPS
-    words, scales = load_weights(codes_at, scales_at, warp * BLOCKS, q, K, BLOCKS, WHOLE)
+    words, scales = load_weights(codes_at, scales_at, warp * BLOCKS, q, K, TILES, BLOCKS, WHOLE)
     if DEPENDENT:  # x and its scale may not have been written
+        if AHEAD:
+            for i in tl.static_range(2 * TILES):
+                for b in tl.static_range(BLOCKS):
+                    second = tl.minimum(((WARPS + warp) * BLOCKS + b) * 4 + q, GROUPS - 1)
+                    prefetch(codes_at + (i * K + second * 4))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     total = ()
-    for _ in tl.static_range(4 * TOKENS):
+    for _ in tl.static_range(4 * TILES * TOKENS):
         total = total + (tl.zeros((32 * WARPS,), tl.float32),)  # type: ignore[assignment]
     for step in tl.range(0, STEPS):
         block = (step * WARPS + warp) * BLOCKS
         following = (tl.minimum(step + 1, STEPS - 1) * WARPS + warp) * BLOCKS
-        next_words, next_scales = load_weights(codes_at, scales_at, following, q, K, BLOCKS, WHOLE)
+        next_words, next_scales = load_weights(codes_at, scales_at, following, q, K, TILES, BLOCKS, WHOLE)
         if not INTERPRET:
             tl.inline_asm_elementwise(KEEP_ORDER, "=r,r", [lane], dtype=tl.int32, is_pure=False, pack=1)
         for b in tl.static_range(BLOCKS):
@@ -219,36 +248,39 @@ def decode_kernel(
             for n in tl.static_range(TOKENS):
                 x_at = x_ptr + (block * (TOKENS * WORDS) + lane * 4) + (b * TOKENS + n) * WORDS
                 x = x + load_four(x_at, LOAD) + load_four(x_at + WORDS // 2, LOAD)
-            upper_scale, upper_exponent = relative_scale(scales[b], q)
-            lower_scale, lower_exponent = relative_scale(scales[BLOCKS + b], q)
-            upper, lower = words[4 * b : 4 * b + 4], words[4 * (BLOCKS + b) : 4 * (BLOCKS + b) + 4]
-            products = multiply_block(upper, lower, upper_exponent, lower_exponent, x, WARPS, TOKENS)
             more = ()
-            for n in tl.static_range(TOKENS):
-                two = tl.load(x_scale_ptr + ((block + b) // (CHUNK // 4) * (4 * TOKENS) + 4 * n + q))
-                left = two.to(tl.uint32).to(tl.float32, bitcast=True)
-                right = (two >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
-                more = more + (  # type: ignore[assignment]
-                    total[4 * n] + products[4 * n] * (upper_scale * left),
-                    total[4 * n + 1] + products[4 * n + 1] * (upper_scale * right),
-                    total[4 * n + 2] + products[4 * n + 2] * (lower_scale * left),
-                    total[4 * n + 3] + products[4 * n + 3] * (lower_scale * right),
-                )
+            for t in tl.static_range(TILES):
+                upper_scale, upper_exponent = relative_scale(scales[2 * (b * TILES + t)], q)
+                lower_scale, lower_exponent = relative_scale(scales[2 * (b * TILES + t) + 1], q)
+                upper = words[8 * (b * TILES + t) : 8 * (b * TILES + t) + 4]
+                lower = words[8 * (b * TILES + t) + 4 : 8 * (b * TILES + t) + 8]
+                products = multiply_block(upper, lower, upper_exponent, lower_exponent, x, WARPS, TOKENS)
+                for n in tl.static_range(TOKENS):
+                    two = tl.load(x_scale_ptr + ((block + b) // (CHUNK // 4) * (4 * TOKENS) + 4 * n + q))
+                    left = two.to(tl.uint32).to(tl.float32, bitcast=True)
+                    right = (two >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+                    c = total[4 * (t * TOKENS + n) : 4 * (t * TOKENS + n) + 4]
+                    more = more + (  # type: ignore[assignment]
+                        c[0] + products[4 * n] * (upper_scale * left),
+                        c[1] + products[4 * n + 1] * (upper_scale * right),
+                        c[2] + products[4 * n + 2] * (lower_scale * left),
+                        c[3] + products[4 * n + 3] * (lower_scale * right),
+                    )
             total = more
         words = next_words
         scales = next_scales
     lane = tl.arange(0, 32)
-    for n in tl.static_range(TOKENS):
+    for tn in tl.static_range(TILES * TOKENS):
         # One number a lane: together, the four would lie in one bank of shared memory for all lanes.
         sums = tl.reduce(
             (
-                total[4 * n].reshape(WARPS, 32), total[4 * n + 1].reshape(WARPS, 32),
-                total[4 * n + 2].reshape(WARPS, 32), total[4 * n + 3].reshape(WARPS, 32),
+                total[4 * tn].reshape(WARPS, 32), total[4 * tn + 1].reshape(WARPS, 32),
+                total[4 * tn + 2].reshape(WARPS, 32), total[4 * tn + 3].reshape(WARPS, 32),
             ), 0, add_four,
         )  # fmt: skip
         for i in tl.static_range(4):
-            out_row = first_row + 8 * (i // 2) + lane // 4
-            token = 8 * n + 2 * (lane % 4) + i % 2
+            out_row = first_row + (tn // TOKENS * 16 + i // 2 * 8) + lane // 4
+            token = tn % TOKENS * 8 + 2 * (lane % 4) + i % 2
             y = sums[i] * alpha
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + out_row).to(tl.float32)
@@ -320,19 +352,24 @@ def quantize_few(x: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor]:
     return data, scale
 
 
-WARPS_AND_BLOCKS = {
-    4: {1: (4, 1), 2: (4, 1), 4: (4, 1)},
-    2: {1: (8, 1), 2: (4, 2), 4: (4, 1)},
-    0: {1: (8, 2), 2: (8, 2), 4: (8, 1)},
+FORMS = {
+    4: {1: (4, 1, 1, False), 2: (4, 2, 1, False), 4: (4, 1, 1, False)},
+    2: {1: (8, 1, 1, False), 2: (4, 1, 2, False), 4: (4, 1, 1, False)},
+    0: {1: (8, 1, 2, True), 2: (8, 1, 2, True), 4: (8, 1, 1, False)},
 }
-"""Warps of a program and blocks a step, as measured on an H200: by programs a multiprocessor (more than), by TOKENS."""
+"""WARPS, TILES, BLOCKS and AHEAD as measured on an H100, by tiles of 16 rows a multiprocessor (more than), by TOKENS.
+
+The fewer programs each multiprocessor has, the more each of them has to have under way. Not all registers may be taken:
+the next call's quantisation starts sooner where it finds room beside the product.
+"""
 
 
-def warps_and_blocks(each: float, tokens: int, hopper: bool) -> tuple[int, int]:
-    """The fewer programs each multiprocessor has, the more each of them has to have under way."""
+def form(tiles: int, processors: int, tokens: int, hopper: bool) -> tuple[int, int, int, bool]:
+    """WARPS, TILES, BLOCKS and AHEAD for so many tiles of 16 rows."""
     if tokens == 4 and not hopper:
-        return 8, 1  # four warps lack two registers on 8.0
-    return next(choice[tokens] for more_than, choice in WARPS_AND_BLOCKS.items() if each > more_than)
+        return 8, 1, 1, False  # four warps lack two registers on 8.0
+    found = next(choice[tokens] for more_than, choice in FORMS.items() if tiles / processors > more_than)
+    return (4, 1, 1, False) if tiles % found[1] else found
 
 
 def multiply_few(
@@ -353,14 +390,14 @@ def multiply_few(
     N, K = codes.shape[0], codes.shape[1] * 2
     out = torch.empty((tokens, N), dtype=out_dtype, device=codes.device)
     dependent = can_depend(codes.device)
-    warps, blocks = warps_and_blocks(N // 16 / multiprocessors(codes.device), data.shape[1], dependent)
+    warps, tiles, blocks, ahead = form(N // 16, multiprocessors(codes.device), data.shape[1], dependent)
     launch(
         decode_kernel,
         codes.device,
-        N // 16,
+        N // (16 * tiles),
         (data.view(torch.uint32), scale.view(torch.uint64), codes.view(torch.uint32), scales, bias, out)
         + (alpha, tokens, N),
-        (K, data.shape[1], warps, blocks, dependent),
+        (K, data.shape[1], warps, tiles, blocks, ahead, dependent),
         warps,
         dependent=dependent,
     )
