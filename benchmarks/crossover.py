@@ -9,7 +9,6 @@ CUDA graph, which leaves the GPU's time. Medians; the L2 cache is emptied before
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from triton.testing import do_bench
 
 from quartet_kernels import QuartetConfig
+from quartet_kernels.files import replacing
 from quartet_kernels.linear import quartet_linear
 from quartet_kernels.philox import make_seed
 
@@ -95,9 +95,8 @@ def main() -> None:
         for tokens in TOKENS:
             rows.append(measure(tokens, inputs, outputs))
             print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
-    temporary = options.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, options.json)
+    with replacing(options.json) as path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

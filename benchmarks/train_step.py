@@ -9,7 +9,6 @@ their ratio means something.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_quartet import QuartetQAT
 from quartet_kernels import QuartetConfig
+from quartet_kernels.files import replacing
 
 MODELS: dict[str, dict[str, int]] = {
     # Four blocks of Llama-3-8B's shape; the vocabulary is cut so that the head does not dominate four blocks.
@@ -140,9 +140,8 @@ def main() -> None:
             report.append({"model": model, "run": label, **row, "ratio": row["tokens/s"] / base})
             print(json.dumps(report[-1]), flush=True)
             if options.json:
-                temporary = options.json.with_suffix(".tmp")
-                temporary.write_text(json.dumps(report, indent=2) + "\n")
-                os.replace(temporary, options.json)
+                with replacing(options.json) as path:
+                    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

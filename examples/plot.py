@@ -81,11 +81,12 @@ def main() -> None:
         draw_recipe(axes, folder)
     figure.savefig(options.out / "recipes.png", dpi=100)
     for file in STUDY.glob("results/*.json"):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
         results = read_results(file)
-        draw_curves(left, results)
-        draw_differences(right, results)
+        drawings = [draw_curves] if "losses" in results[0] else []  # curves need not be kept
+        drawings.append(draw_differences)
+        figure = Figure(figsize=(4.5 * len(drawings), 3.2), layout="constrained")
+        for axes, draw in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+            draw(axes, results)
         figure.savefig(options.out / f"study_{file.stem}.png", dpi=100)
 
 

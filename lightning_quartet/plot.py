@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from quartet_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,12 +204,5 @@ def _spaced(count: int, most: int) -> list[int]:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """Under another name first, so that no half-written picture is ever seen."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}-", suffix=".png")
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(file) as path:
+        figure.savefig(path, dpi=120)

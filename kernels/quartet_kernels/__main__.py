@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .files import replacing
 
 
 def _write(report: dict[str, Any], target: str) -> None:
@@ -15,11 +15,8 @@ def _write(report: dict[str, Any], target: str) -> None:
     if target == "-":
         print(content, end="")
         return
-    path = Path(target)
-    # Written beside it and renamed: a reader never sees half a file.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
+    with replacing(Path(target)) as path:
+        path.write_text(content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from quartet_kernels.files import replacing
 
 Result = dict[str, Any]
 
@@ -22,6 +23,5 @@ def add_result(file: Path, result: Result) -> None:
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = [*read_results(file), result]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
-        os.replace(temporary, file)
+        with replacing(file) as path:
+            path.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")

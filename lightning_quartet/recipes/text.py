@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from lightning.pytorch import LightningDataModule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from quartet_kernels.files import replacing
 
 SEPARATOR = "<|endoftext|>"
 
@@ -234,12 +235,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, target: Path) -> None:
-    """Moved to ``target`` in one step, so no half-written file is ever read."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".json")
-    os.close(handle)
-    try:
-        tokenizer.save(temporary)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(target) as path:
+        tokenizer.save(str(path))
