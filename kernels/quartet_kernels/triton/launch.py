@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import PORTABLE
@@ -84,10 +83,5 @@ def launch(
     if found is None:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if dependent else {})
         _compiled[key] = kernel[(programs,)](*arguments, *constants, **options)
-    elif knobs.runtime.launch_enter_hook is not None:  # a profiler wants to know
-        found[programs, 1, 1](*arguments, *constants)
     else:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        found.run(
-            programs, 1, 1, stream, found.function, found.packed_metadata, None, None, None, *arguments, *constants
-        )
+        found[programs, 1, 1](*arguments, *constants)
