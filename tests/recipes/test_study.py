@@ -77,6 +77,12 @@ def test_paired_runs_share_all_but_the_numerics_and_go_on(
     gaps = [results[i + 1]["val_loss"] - results[i]["val_loss"] for i in (0, 2)]
     assert text.splitlines()[-1].endswith(f"{sum(gaps) / 2:+.4f} ± {abs(gaps[0] - gaps[1]) / 2:.4f} |")
 
+    masked = tmp_path / "masked"
+    study("--runs", "quartet", "no_mask", "--seeds", "1", "--out", str(masked))
+    quartet, unmasked = json.loads((masked / "runs.json").read_text())
+    assert quartet["losses"][0] == unmasked["losses"][0]  # masks change gradients only
+    assert quartet["losses"][1:] != unmasked["losses"][1:]
+
     with pytest.raises(SystemExit, match="other settings"):
         study("--steps", "5")
     with pytest.raises(SystemExit, match="prepare more tokens"):

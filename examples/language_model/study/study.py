@@ -16,6 +16,7 @@ optimizer settings and a batch of 65,536 tokens; the text is what prepare.py mak
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import statistics
@@ -31,6 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+import quartet_kernels.linear
 from lightning_quartet import QuartetQAT
 from lightning_quartet.recipes import CausalLM
 from lightning_quartet.recipes.results import Result, add_result, read_results
@@ -46,6 +48,7 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "fp_quant": {"statistic": "std", "scale_rule": "floor"},
     "stochastic": {"backward_rounding": "stochastic"},
     "no_signs": {"randomize_backward": False},
+    "no_mask": {"mask": False},
     "mxfp8_backward": {"backward_dtype": "mxfp8"},
     "bf16_backward": {"backward_dtype": "bf16"},
     "abs_max": {"forward_method": "abs_max"},
@@ -53,8 +56,9 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "end_95": {"end": 0.95},
     "ends_in_bf16": {"skip": [f"layers.{index}" for index in (0, LAYERS - 1)]},
 }
-"""What each run changes: options of QuartetConfig, `end` (fraction of steps after which layers compute in bf16) and
-`skip` (modules that are not converted). `abs_max` clips nothing, so it has no mask either."""
+"""What each run changes: options of QuartetConfig, `end` (fraction of steps after which layers compute in bf16), `skip`
+(modules that are not converted), and `mask` (whether clipped elements get no gradient). `abs_max` clips nothing, so it
+has no mask either."""
 
 LOSSES = 50
 SETTINGS = ("steps", "batch", "sequence", "width", "learning_rate", "validation_batches", "eager")
@@ -112,6 +116,17 @@ def read_tokens(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
         return train, validation, found.metadata()
 
 
+@contextlib.contextmanager
+def without_masks() -> Iterator[None]:
+    """Gradients pass clipped elements: what the layers' configuration has no option for, since it is not the method."""
+    project = quartet_kernels.linear._project
+    quartet_kernels.linear._project = lambda x, config, mask: project(x, config, False)
+    try:
+        yield
+    finally:
+        quartet_kernels.linear._project = project
+
+
 def train(run: str, seed: int, options: argparse.Namespace) -> Result:
     """One training run: its mean loss over the last steps, its validation loss, and its speed."""
     pl.seed_everything(seed, verbose=False)
@@ -142,9 +157,9 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
         warmup_steps=options.steps // 10,
     )
     callbacks: list[pl.Callback] = []
-    changes = RUNS[run]
-    if changes is not None:
-        changes = dict(changes)
+    changes = dict(RUNS[run] or {})
+    masked = changes.pop("mask", True)
+    if RUNS[run] is not None:
         end, skip = changes.pop("end", None), changes.pop("skip", None)
         callbacks.append(
             QuartetQAT(
@@ -163,7 +178,8 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
         "enable_model_summary": False,
     }
     trainer = pl.Trainer(max_steps=options.steps, max_epochs=1, gradient_clip_val=1.0, **common)
-    trainer.fit(model, batches)
+    with contextlib.nullcontext() if masked else without_masks():
+        trainer.fit(model, batches)
     with torch.compiler.set_stance("force_eager"):  # for a few batches, compiling anew does not pay
         (metrics,) = pl.Trainer(**common).validate(model, validation, verbose=False)
     history = torch.stack(model.losses).float().tolist()
