@@ -40,7 +40,8 @@ class ShardedWeight(Tensor):
     plain: Tensor
     out_features: int
     config: QuartetConfig
-    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask.
+    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask. Both are made
+    # on FSDP2's stream, which waits for the optimizer step, and so for their last use, before it makes new ones.
     buffer: Tensor | None = None
     mask: Tensor | None = None
     in_backward: bool = False
@@ -104,7 +105,8 @@ class ShardedWeight(Tensor):
         clips = self.config.forward_method == "quest"
         found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
         packed, self.mask = found if isinstance(found, tuple) else (found, None)
-        return F.pad(torch.cat((packed.codes, packed.scales), dim=1), (0, 0, 0, rows - own))
+        sent = torch.cat((packed.codes, packed.scales), dim=1)
+        return sent if rows == own else F.pad(sent, (0, 0, 0, rows - own))
 
     def fsdp_post_all_gather(
         self, all_gather_outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *, out: Any = None
