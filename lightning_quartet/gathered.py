@@ -40,8 +40,8 @@ class ShardedWeight(Tensor):
     plain: Tensor
     out_features: int
     config: QuartetConfig
-    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask. Both are made
-    # on FSDP2's stream, which waits for the optimizer step, and so for their last use, before it makes new ones.
+    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask. Both are
+    # made on FSDP2's stream, which waits for the optimizer step, and so for their last use, before it makes new ones.
     buffer: Tensor | None = None
     mask: Tensor | None = None
     in_backward: bool = False
