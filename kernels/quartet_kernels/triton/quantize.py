@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, tiles_scales
+from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, stores_directly, tiles_scales
 from .expand import expand
 from .launch import cdiv, launch, multiprocessors, next_power_of_2
 
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
-WHOLE_ROW_GROUPS = {"forward": 128, "backward": 256}
-"""Rows up to this long are held by one program, of twice the warps where they do not fit a tile. Those that write codes
-and a mask as well wait for longer than a second launch takes."""
+WHOLE_ROW_GROUPS = {"forward": 256, "backward": 512}
+"""Rows of 16-bit numbers up to this long are held by one program, of more warps where they do not fit a tile; of
+float32, half as long: three rows of 32 KiB are in flight."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
@@ -62,10 +62,11 @@ def quantize_rows_kernel(
             v = rotate(x, matrix, factor)
             row = local // PER_ROW
             index = local % PER_ROW
-            groups = tl.cast(first_row, tl.int64) * n_groups + (row * n_groups + index)
+            inside = (row < n_rows - first_row) & (index < n_groups)
             quantize_groups(
-                v, groups, (row < n_rows - first_row) & (index < n_groups), seed_ptr, codes_ptr, scales_ptr, mask_ptr,
-                data_ptr, METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, first_row, n_rows, ROWS,
+                v, tl.cast(first_row, tl.int64) * n_groups, row * n_groups + index, inside, seed_ptr, codes_ptr,
+                scales_ptr, mask_ptr, data_ptr, METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, first_row, n_rows, ROWS,
+                DIRECT=stores_directly(),
             )  # fmt: skip
     else:
         total = n_rows * n_groups
@@ -78,11 +79,15 @@ def quantize_rows_kernel(
                 index = tile * R + block * (WIDTH // 32)
                 row = index // n_groups
                 x_at = (row.to(tl.int64) * row_stride + (index - row * n_groups) * 32)[:, None] + column[None, :]
-            x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
+            if row_scale_ptr is not None and ROWS == 1:  # no tile is cut off
+                x = tl.load(x_ptr + x_at)
+            else:
+                x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
             v = rotate(x, matrix, factor)
             quantize_groups(
-                v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+                v, first, local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
                 METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, tile * ROWS, n_rows, ROWS, tiled_ptr, n_groups,
+                DIRECT=stores_directly(),
             )  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def quantize_transposed_tile(
     groups = feature.to(tl.int64) * groups_per_row + token_group
     inside = (feature < n_features) & (token_group < groups_per_row)
     quantize_groups(
-        v, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
+        v, 0, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
         tiled_ptr=tiled_ptr, per_row=groups_per_row,
     )  # fmt: skip
 
@@ -165,10 +170,11 @@ def empty_operand(
     return *empty_codes(rows, columns, device), None
 
 
-def holds_rows(columns: int, direction: str) -> bool:
+def holds_rows(x: Tensor, direction: str) -> bool:
     """Whether programs hold whole rows, and so know their scales, without much of a tile lying idle."""
-    groups = columns // 32
-    return 0 < groups <= WHOLE_ROW_GROUPS[direction] and 8 * groups >= 7 * next_power_of_2(groups)
+    groups = x.shape[1] // 32
+    limit = WHOLE_ROW_GROUPS[direction] * 2 // x.element_size()
+    return 0 < groups <= limit and 8 * groups >= 7 * next_power_of_2(groups)
 
 
 def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -211,7 +217,7 @@ def quantize_forward(
     codes, scales = empty_codes(rows, columns, x.device)
     mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
     data = row_scale = None
-    whole = operand == "fp8" and holds_rows(columns, "forward")
+    whole = operand == "fp8" and holds_rows(x, "forward")
     if operand == "bf16":
         data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     elif whole:
@@ -300,7 +306,7 @@ def quantize_backward(
     rounding_constants = (stochastic, role if stochastic else 0, sign_role)
     if not transpose:
         constants = ("abs_max", None, *rounding_constants)
-        if operand == "fp8" and holds_rows(columns, "backward"):  # no codes are needed
+        if operand == "fp8" and holds_rows(x, "backward"):  # no codes are needed
             fp8, row_scale = empty_fp8(rows, columns, x.device)
             _launch_rows(x, matrix, signs, seed, None, None, None, fp8, row_scale, PROGRAMS[rounding], constants)
             return fp8.view(torch.float8_e5m2), row_scale
