@@ -29,10 +29,10 @@ float32, half as long: three rows of 32 KiB are in flight."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
-TOKENS_PER_TILE = 128
+TOKENS_PER_TILE = 128  # four groups
 FEATURES_PER_TILE = 128 if INTERPRET.value else 64
 TRANSPOSED_PROGRAMS = 8
-TRANSPOSED_STAGES = 1  # copied ahead, a tile could only be transposed element by element
+TRANSPOSED_STAGES = 1  # copied ahead, long rows take longer
 NUM_WARPS = 4
 
 
@@ -92,19 +92,17 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def quantize_transposed_tile(
-    x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+def quantize_transposed(
+    v0, v1, v2, v3, first_token, first_feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
     STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, tiled_ptr=None,
 ):  # fmt: skip
-    """Quantise a tile x [tokens, features] along its tokens into the operand [n_features, n_tokens padded to 32]."""
-    TOKENS: tl.constexpr = x.shape[0]
-    FEATURES: tl.constexpr = x.shape[1]
-    GROUPS: tl.constexpr = TOKENS // 32
-    x = x.reshape(GROUPS, 32, FEATURES).permute(2, 0, 1).reshape(FEATURES * GROUPS, 32)
-    v = rotate(x, matrix, factor)
-    local = tl.arange(0, FEATURES * GROUPS)
-    feature = first_feature + local // GROUPS
-    token_group = first_token // 32 + local % GROUPS
+    """Quantise four groups of tokens, rotated, [features, 4, 8] each, into the operand [n_features, n_tokens padded to
+    32]. Joining them moves nothing; a tile that is regrouped before its rotation goes through registers."""
+    FEATURES: tl.constexpr = v0.shape[0]
+    v = tl.join(tl.join(v0, v2), tl.join(v1, v3)).permute(0, 3, 4, 1, 2).reshape(FEATURES * 4, 4, 8)
+    local = tl.arange(0, FEATURES * 4)
+    feature = first_feature + local // 4
+    token_group = first_token // 32 + local % 4
     groups_per_row = tl.cdiv(n_tokens, 32)
     groups = feature.to(tl.int64) * groups_per_row + token_group
     inside = (feature < n_features) & (token_group < groups_per_row)
@@ -114,25 +112,37 @@ def quantize_transposed_tile(
     )  # fmt: skip
 
 
+@triton.jit
+def rotated_columns(
+    x_ptr, first_token, first_feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES: tl.constexpr
+):
+    """v [FEATURES, 4, 8] of 32 tokens, read along rows: the product takes its operand transposed."""
+    token = first_token + tl.arange(0, 32)
+    feature = first_feature + tl.arange(0, FEATURES)
+    x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
+    x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
+    return rotate(tl.trans(x), matrix, factor)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def quantize_columns_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features, factor, row_stride,
     tiled_ptr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
+    FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x [n_tokens, n_features], read along its rows, quantised along its columns."""
+    """Tiles of 128 tokens of x [n_tokens, n_features], read along its rows, quantised along its columns."""
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, x_ptr.dtype.element_ty)
     tiles = tl.cdiv(n_features, FEATURES)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES):
-        first_token = tile // tiles * TOKENS
-        first_feature = tile % tiles * FEATURES
-        token = first_token + tl.arange(0, TOKENS)
-        feature = first_feature + tl.arange(0, FEATURES)
-        x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
-        x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
-        quantize_transposed_tile(
-            x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
-            data_ptr, STOCHASTIC, ROLE, tiled_ptr,
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, 128) * tiles, tl.num_programs(0), num_stages=STAGES):
+        token = tile // tiles * 128
+        feature = tile % tiles * FEATURES
+        v0 = rotated_columns(x_ptr, token, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v1 = rotated_columns(x_ptr, token + 32, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v2 = rotated_columns(x_ptr, token + 64, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v3 = rotated_columns(x_ptr, token + 96, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        quantize_transposed(
+            v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+            STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 
@@ -269,6 +279,8 @@ def _launch_rows(
         contiguous = contiguous and per_row == n_groups
         tile = max(GROUPS_PER_TILE, per_row, smallest)
         tiles = cdiv(rows, tile // per_row)
+    # Three programs of the forward's 4 warps of many registers fit a multiprocessor, but only two of 8 warps of fewer.
+    groups_per_warp = 64 if row_scale is not None and codes is not None and width <= 32 else 32
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     launch(
         quantize_rows_kernel,
@@ -277,7 +289,7 @@ def _launch_rows(
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
         + (rows, n_groups, inverse_root(max(width, 1)), 0 if contiguous else x.stride(0), tiled),
         (contiguous, width, *constants, tile, per_row, STAGES),
-        NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // 32),
+        NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // groups_per_warp),
     )
 
 
@@ -323,7 +335,7 @@ def quantize_backward(
             programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), x.device, TRANSPOSED_PROGRAMS),
             (x, matrix, signs, seed, words(codes), plain, data)
             + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), x.stride(0), tiled),
-            (*rounding_constants, TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
+            (*rounding_constants, FEATURES_PER_TILE, TRANSPOSED_STAGES),
             NUM_WARPS,
         )
     return finish_operand(codes, scales, data, operand)
