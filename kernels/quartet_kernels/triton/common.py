@@ -456,7 +456,7 @@ def round_and_pack(u):
 
 @triton.constexpr_function
 def rounds_pairs():
-    """Whether to use :func:`rounded_pairs`: on Hopper, where it was faster. It takes registers, which products with both
+    """Whether to use :func:`rounded_pairs`: on Hopper, where it is faster. It takes registers, which products with both
     operands in registers do not leave."""
     target = None if PORTABLE.value else current_target()
     return target is not None and target.backend == "cuda" and target.arch // 10 == 9
