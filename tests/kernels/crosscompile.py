@@ -157,8 +157,8 @@ def quantisers(arch: str) -> Iterator[Case]:
             for constants in (forward, gradient)
         )
     tile = written | {
-        "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1, "TOKENS": quantize.TOKENS_PER_TILE,
-        "FEATURES": quantize.FEATURES_PER_TILE, "STAGES": quantize.TRANSPOSED_STAGES,
+        "STOCHASTIC": False, "ROLE": 0, "SIGN_ROLE": 1, "FEATURES": quantize.FEATURES_PER_TILE,
+        "STAGES": quantize.TRANSPOSED_STAGES,
     }  # fmt: skip
     yield Case(arch, "quantize_forward", form, quantize.quantize_rows_kernel, forward, types, warps)
     yield Case(arch, "quantize_rows", form, quantize.quantize_rows_kernel, gradient, types, warps)

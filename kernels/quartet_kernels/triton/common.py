@@ -182,8 +182,11 @@ def abs_max_exponent(largest):
 
 @triton.jit
 def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
-    """Exponent of QuEST's scale: of `mse`, the one of its two candidates that has the smaller error."""
-    m = tl.minimum(tl.maximum((largest >> 23) - 127, -126), 126)
+    """Exponent of QuEST's scale: of `mse`, the one of its two candidates that has the smaller error. Also m and
+    w = v 2^-m, exact, or so small that its code is 0: whoever goes on with it needs no registers for v."""
+    m = tl.minimum((largest >> 23) - 127, 126)
+    if RULE == "floor":
+        m = tl.maximum(m, -126)  # 2^m is a normal number, too
     w = v * per_element(power_of_two(-m))  # |w| < 2: squares neither overflow nor vanish
     centred = w
     if STATISTIC == "std":
@@ -196,15 +199,12 @@ def quest_exponent(v, largest, STATISTIC: tl.constexpr, RULE: tl.constexpr):
         if RULE == "nearest":
             doubled += 1
         exponent = (doubled >> 1) + m
-    wider_fits = (exponent >= MIN_EXPONENT) & (exponent < MAX_EXPONENT)
+    if RULE == "mse":  # where the next exponent is out of range, both are clamped to the same
+        exponent += wider_is_better(w, per_element(power_of_two(doubled >> 1))).to(tl.int32)
     clamped = clamp_exponent(exponent)
     if STATISTIC == "std":  # a constant group has no centred deviation
         clamped = tl.where(square == 0, abs_max_exponent(largest), clamped)
-        wider_fits &= square != 0
-    if RULE == "mse":
-        scale = power_of_two(tl.maximum(clamped - m, -100))  # far below w it does not matter how far
-        clamped += (wider_is_better(w, per_element(scale)) & wider_fits).to(tl.int32)
-    return clamped
+    return clamped, w, m
 
 
 @triton.jit
@@ -454,6 +454,75 @@ def round_and_pack(u):
     )  # fmt: skip
 
 
+@triton.constexpr_function
+def rounds_pairs():
+    """Whether to use :func:`rounded_pairs`: on Hopper, where it is faster. It takes registers, which products with both
+    operands in registers do not leave."""
+    target = None if PORTABLE.value else current_target()
+    return target is not None and target.backend == "cuda" and target.arch // 10 == 9
+
+
+@triton.jit
+def rounded_pair(a, b, sign_a, sign_b, CLIP: tl.constexpr):
+    """Magnitudes rounded to the E2M1 grid, ties to even, and saturated at 6 if CLIP (else they are < 6), times 2^-14,
+    with the highest bits of uint32 as signs: two float16 in a uint32, each the sign, 3 zeros, the index, 9 zeros.
+
+    Dekker's splitting by 2^22 + 1 leaves two bits of a number >= 1; smaller ones, split as 1 is, leave a multiple of
+    1/2. That ties go to even is not in its proof: all float32 between 1/8 and 64 were compared.
+    """
+    clip: tl.constexpr = " min.f16x2 h, h, limit;" if CLIP else ""
+    return tl.inline_asm_elementwise(
+        "{.reg .f32 x, y, s, t; .reg .b32 h, limit, signs; mov.b32 limit, 0x0E000E00;"
+        " max.f32 s, $1, 0f3F800000; mul.rn.f32 s, s, 0f43800002; neg.f32 x, s; fma.rn.f32 x, $1, 0f38800000, x;"
+        " max.f32 t, $2, 0f3F800000; mul.rn.f32 t, t, 0f43800002; neg.f32 y, t; fma.rn.f32 y, $2, 0f38800000, y;"
+        " add.rn.f32 x, x, s; add.rn.f32 y, y, t; cvt.rn.f16x2.f32 h, y, x;" + clip
+        + " prmt.b32 signs, $3, $4, 0x7632; lop3.b32 $0, h, signs, 0x80008000, 0xF8;}",
+        "=r,f,f,r,r", [a, b, sign_a, sign_b], dtype=tl.uint32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def rounded_pairs(magnitude, v, CLIP: tl.constexpr):
+    """:func:`rounded_pair` of magnitudes [R, 4, 8] with the signs of v: elements 0 and 2, 4 and 6, 1 and 3, 5 and 7."""
+    a0, a1, a2, a3, a4, a5, a6, a7 = split_last(magnitude)
+    s0, s1, s2, s3, s4, s5, s6, s7 = split_last(v.to(tl.uint32, bitcast=True))
+    p02 = rounded_pair(a0, a2, s0, s2, CLIP)
+    p46 = rounded_pair(a4, a6, s4, s6, CLIP)
+    p13 = rounded_pair(a1, a3, s1, s3, CLIP)
+    p57 = rounded_pair(a5, a7, s5, s7, CLIP)
+    return p02, p46, p13, p57
+
+
+@triton.jit
+def codes_of_pairs(p02, p46, p13, p57):
+    """Words of eight codes from :func:`rounded_pairs`."""
+    upper = p02 * 0 + 0x7531
+    even = permute_bytes(p02, p46, upper)  # in each byte the sign on top, the index above its lowest bit
+    odd = permute_bytes(p13, p57, upper)
+    indices = ((even >> 1) & 0x07070707) | ((odd << 3) & 0xF8F8F8F8)
+    signs = ((even >> 4) & 0x7F7F7F7F) | (odd & 0x80808080)
+    return indices | (signs & 0x88888888)
+
+
+@triton.jit
+def fp8_pair(pair, factor):
+    """Two numbers 2^-14 code, float16, times 2^14 factor as E5M2 bytes; below float16's they are 0 in either."""
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 h, f, k; .reg .b16 bytes; mov.b32 k, 0x74007400; cvt.rn.f16x2.f32 f, $2, $2;"
+        " mul.rn.f16x2 h, $1, k; mul.rn.f16x2 h, h, f; cvt.rn.satfinite.e5m2x2.f16x2 bytes, h; cvt.u32.u16 $0, bytes;}",
+        "=r,r,f", [pair, factor], dtype=tl.uint32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def fp8_of_pairs(p02, p46, p13, p57, factor):
+    """FP8 numbers code * factor from :func:`rounded_pairs`, along a new last axis of two words."""
+    order = p02 * 0 + 0x5140
+    low = permute_bytes(fp8_pair(p02, factor), fp8_pair(p13, factor), order)
+    high = permute_bytes(fp8_pair(p46, factor), fp8_pair(p57, factor), order)
+    return tl.join(low, high)
+
+
 @triton.jit
 def tiled_scale_at(row, group, per_row):
     """Where the scale of a group lies in the layout of `tile_scales`: row of the operand, group in it, groups a row."""
@@ -461,23 +530,48 @@ def tiled_scale_at(row, group, per_row):
     return tile * 512 + (row % 32 * 16 + row // 32 % 4 * 4 + group % 4)
 
 
+@triton.constexpr_function
+def stores_directly():
+    """Whether `store` suits the results of products: four threads hold a group, but with the tensor memory of 10.x."""
+    target = None if PORTABLE.value else current_target()
+    return target is not None and target.backend == "cuda" and target.arch // 10 != 10
+
+
+@triton.jit
+def store(pointers, first, second, inside, KIND: tl.constexpr):
+    """Store the lowest bits of int32 `first`, as many as KIND says, where `inside`; "v2.b32" is `first` and `second`.
+
+    `tl.store` would have every thread write 16 bytes and, with two barriers each, send all through shared memory for
+    that. What a warp holds is contiguous as it is.
+    """
+    operand: tl.constexpr = "{$2, $3}" if KIND == "v2.b32" else "$2"
+    tl.inline_asm_elementwise(
+        "{.reg .pred inside; setp.ne.b32 inside, $4, 0; @inside st.global." + KIND + " [$1], " + operand
+        + "; mov.b32 $0, 0;}",
+        "=r,l,r,r,r", [pointers.to(tl.int64), first, second, inside.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def quantize_groups(
-    v, groups, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+    v, first, local, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
     row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1, tiled_ptr=None, per_row=1,
-    DEALT: tl.constexpr = None,
+    DEALT: tl.constexpr = None, DIRECT: tl.constexpr = False,
 ):  # fmt: skip
-    """Quantise v [R, 4, 8] and store it as the operand's groups number `groups` (int64 [R], row-major) where `inside`.
+    """Quantise v [R, 4, 8] and store it as the operand's groups number `first` + `local` (a scalar and [R], one of
+    them int64; row-major) where `inside`, with DIRECT by :func:`store`.
 
     Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask uint8
     [groups, 4], data bfloat16 [groups, 32], `tiled_ptr` the scales again as in `tiled_scale_at`, for rows of `per_row`
     groups. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
 
     With `row_scale_ptr`, data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS whole rows of the
-    operand from `first_row` on, padded with zeros. DEALT: `groups` are where the words of a group start, its words lie
+    operand from `first_row` on, padded with zeros. DEALT: `local` is where the words of a group start, its words lie
     as `decode.py` reads them, of every 8 elements first the even, then the odd ones, and row scales are DEALT apart.
     """
+    groups = first + local
     largest = largest_bits(v)
     zero = largest == 0
     finite = largest < FIRST_NOT_FINITE
@@ -488,8 +582,11 @@ def quantize_groups(
         u = v * per_element(power_of_two(-exponent) * 0.75)
         magnitude = tl.abs(u)
     else:
-        exponent = quest_exponent(v, largest, METHOD, RULE)
-        magnitude = tl.abs(v) * per_element(power_of_two(-exponent))
+        exponent, v, m = quest_exponent(v, largest, METHOD, RULE)  # of v, the sign is all that matters from here on
+        magnitude = tl.abs(v) * per_element(power_of_two(m - exponent))
+
+    byte = tl.where(finite, tl.where(zero, 0, exponent + 127), 255)
+    PAIRS: tl.constexpr = not STOCHASTIC and rounds_pairs()
 
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
@@ -508,16 +605,24 @@ def quantize_groups(
     if codes_ptr is not None:
         if not STOCHASTIC and converts_to_e2m1():
             words = round_and_pack(signed(magnitude, v.to(tl.uint32, bitcast=True)))
+        elif PAIRS:
+            p02, p46, p13, p57 = rounded_pairs(magnitude, v, METHOD != "abs_max")
+            words = codes_of_pairs(p02, p46, p13, p57).to(tl.int32, bitcast=True)
         else:
             words = pack_words(rounded.to(tl.uint32, bitcast=True), v.to(tl.uint32, bitcast=True))
             words = words.to(tl.int32, bitcast=True)
-        words = tl.where((finite & ~zero)[:, None], words, 0)
-        words_at = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(codes_ptr + words_at, words, mask=inside[:, None])
-    byte = exponent + 127
-    byte = tl.where(finite, tl.where(zero, 0, byte), 255)
+        usable = ((byte - 1).to(tl.uint32, bitcast=True) < 254)[:, None]
+        words = tl.where(usable, words, 0)
+        words_at = codes_ptr + first * 4 + (local[:, None] * 4 + tl.arange(0, 4)[None, :])
+        if DIRECT:
+            store(words_at, words, words, inside[:, None], "b32")
+        else:
+            tl.store(words_at, words, mask=inside[:, None])
     if scales_ptr is not None:
-        tl.store(scales_ptr + groups, byte.to(tl.uint8), mask=inside)
+        if DIRECT:
+            store(scales_ptr + first + local, byte, byte, inside, "b8")
+        else:
+            tl.store(scales_ptr + first + local, byte.to(tl.uint8), mask=inside)
     if tiled_ptr is not None:
         index = groups.to(tl.int32)
         tl.store(tiled_ptr + tiled_scale_at(index // per_row, index % per_row, per_row), byte.to(tl.uint8), mask=inside)
@@ -525,32 +630,45 @@ def quantize_groups(
         weights = ((127 + tl.arange(0, 8)) << 23).to(tl.float32, bitcast=True)[None, None, :]
         keep = tl.sum(is_below_six(magnitude) * weights, axis=2)
         keep = (keep + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
-        keep = tl.where(finite[:, None], keep, 0xFF).to(tl.uint8)
-        tl.store(mask_ptr + (groups[:, None] * 4 + tl.arange(0, 4)[None, :]), keep, mask=inside[:, None])
+        keep = tl.where(finite[:, None], keep, 0xFF)
+        keep_at = mask_ptr + first * 4 + (local[:, None] * 4 + tl.arange(0, 4)[None, :])
+        if DIRECT:
+            store(keep_at, keep, keep, inside[:, None], "b8")
+        else:
+            tl.store(keep_at, keep.to(tl.uint8), mask=inside[:, None])
     if row_scale_ptr is not None:
         R: tl.constexpr = v.shape[0]
-        used = byte != 0
         if METHOD != "abs_max" and RULE == "floor":  # gives tiny groups codes of zero under a scale that is not tiny
             used = tl.max(tl.max(tl.abs(values), axis=2), axis=1) != 0
-        largest_key = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
+            largest_key = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
+        else:
+            largest_byte = tl.max(byte.reshape(ROWS, R // ROWS), axis=1)
+            largest_key = row_key(largest_byte, largest_byte != 0)
         row = first_row + tl.arange(0, ROWS) * (1 if DEALT is None else DEALT)
         tl.store(row_scale_ptr + row, row_scale_of(largest_key), mask=row < n_rows)
         top = tl.broadcast_to(row_top(largest_key)[:, None], (ROWS, R // ROWS)).reshape(R)
         factor = group_factor(byte, top)
-        if codes_ptr is not None:
+        if codes_ptr is not None and PAIRS:
+            data = tl.where(usable[:, :, None], fp8_of_pairs(p02, p46, p13, p57, factor[:, None]), 0)
+        elif codes_ptr is not None:
             data = fp8_words(words.to(tl.uint32, bitcast=True), factor[:, None])
         else:
             scaled = (values * per_element(factor)).reshape(R, 4, 2, 2, 2)
             even, odd = tl.split(scaled.permute(0, 1, 4, 2, 3) if DEALT is not None else scaled)
-            first, third = tl.split(even)
-            second, fourth = tl.split(odd)
-            data = tl.where(per_element(finite), fp8_word(first, second, third, fourth), 0)
-        four, two = tl.arange(0, 4)[:, None], tl.arange(0, 2)[None, :]
-        if DEALT is not None:
-            data_at = groups[:, None, None] + (four // 2 * 128 + four % 2 * 2 + two)[None, :, :]
+            a, c = tl.split(even)
+            b, d = tl.split(odd)
+            data = tl.where(per_element(finite), fp8_word(a, b, c, d), 0)
+        if DIRECT:
+            even, odd = tl.split(data)
+            data_at = data_ptr + first * 8 + (local[:, None] * 8 + tl.arange(0, 4)[None, :] * 2)
+            store(data_at, even, odd, inside[:, None], "v2.b32")
         else:
-            data_at = (groups * 8)[:, None, None] + (four * 2 + two)[None, :, :]
-        tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, None, None])
+            four, two = tl.arange(0, 4)[:, None], tl.arange(0, 2)[None, :]
+            if DEALT is not None:
+                data_at = groups[:, None, None] + (four // 2 * 128 + four % 2 * 2 + two)[None, :, :]
+            else:
+                data_at = (groups * 8)[:, None, None] + (four * 2 + two)[None, :, :]
+            tl.store(data_ptr + data_at, data.to(tl.int32, bitcast=True), mask=inside[:, None, None])
     elif data_ptr is not None:
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
         data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]

@@ -316,7 +316,7 @@ def quantize_few_kernel(
     group = first + tl.arange(0, R)
     words_at = (group // 4 * TOKENS + token // 8) * WORDS + token % 8 * 16 + group % 4 * 4
     quantize_groups(
-        v, words_at, group < chunks * CHUNK, None, None, None, None, data_ptr, METHOD, RULE, False, 0,
+        v, 0, words_at, group < chunks * CHUNK, None, None, None, None, data_ptr, METHOD, RULE, False, 0,
         scale_ptr, first // CHUNK * (8 * TOKENS) + token, chunks * (8 * TOKENS), ROWS, DEALT=8 * TOKENS,
     )  # fmt: skip
 

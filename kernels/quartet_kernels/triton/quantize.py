@@ -16,23 +16,23 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, tiles_scales
+from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, stores_directly, tiles_scales
 from .expand import expand
 from .launch import cdiv, launch, multiprocessors, next_power_of_2
 
 Operand = tuple[Tensor, Tensor]
 
 GROUPS_PER_TILE = 2048 if INTERPRET.value else 128  # the interpreter's cost is per operation, not per element
-WHOLE_ROW_GROUPS = {"forward": 128, "backward": 256}
-"""Rows up to this long are held by one program, of twice the warps where they do not fit a tile. Those that write codes
-and a mask as well wait for longer than a second launch takes."""
+WHOLE_ROW_GROUPS = {"forward": 256, "backward": 512}
+"""Rows of 16-bit numbers up to this long are held by one program, of more warps where they do not fit a tile; of
+float32, half as long: three rows of 32 KiB are in flight."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
-TOKENS_PER_TILE = 128
+TOKENS_PER_TILE = 128  # four groups
 FEATURES_PER_TILE = 128 if INTERPRET.value else 64
 TRANSPOSED_PROGRAMS = 8
-TRANSPOSED_STAGES = 1  # copied ahead, a tile could only be transposed element by element
+TRANSPOSED_STAGES = 1  # copied ahead, long rows take longer
 NUM_WARPS = 4
 
 
@@ -62,10 +62,11 @@ def quantize_rows_kernel(
             v = rotate(x, matrix, factor)
             row = local // PER_ROW
             index = local % PER_ROW
-            groups = tl.cast(first_row, tl.int64) * n_groups + (row * n_groups + index)
+            inside = (row < n_rows - first_row) & (index < n_groups)
             quantize_groups(
-                v, groups, (row < n_rows - first_row) & (index < n_groups), seed_ptr, codes_ptr, scales_ptr, mask_ptr,
-                data_ptr, METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, first_row, n_rows, ROWS,
+                v, tl.cast(first_row, tl.int64) * n_groups, row * n_groups + index, inside, seed_ptr, codes_ptr,
+                scales_ptr, mask_ptr, data_ptr, METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, first_row, n_rows, ROWS,
+                DIRECT=stores_directly(),
             )  # fmt: skip
     else:
         total = n_rows * n_groups
@@ -78,56 +79,70 @@ def quantize_rows_kernel(
                 index = tile * R + block * (WIDTH // 32)
                 row = index // n_groups
                 x_at = (row.to(tl.int64) * row_stride + (index - row * n_groups) * 32)[:, None] + column[None, :]
-            x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
+            if row_scale_ptr is not None and ROWS == 1:  # no tile is cut off
+                x = tl.load(x_ptr + x_at)
+            else:
+                x = tl.load(x_ptr + x_at, mask=(block * (WIDTH // 32) < left)[:, None], other=0.0)
             v = rotate(x, matrix, factor)
             quantize_groups(
-                v, first + local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
+                v, first, local, local < left, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
                 METHOD, RULE, STOCHASTIC, ROLE, row_scale_ptr, tile * ROWS, n_rows, ROWS, tiled_ptr, n_groups,
+                DIRECT=stores_directly(),
             )  # fmt: skip
 
 
 @triton.jit
-def quantize_transposed_tile(
-    x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+def quantize_transposed(
+    v0, v1, v2, v3, first_token, first_feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
     STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, tiled_ptr=None,
 ):  # fmt: skip
-    """Quantise a tile x [tokens, features] along its tokens into the operand [n_features, n_tokens padded to 32]."""
-    TOKENS: tl.constexpr = x.shape[0]
-    FEATURES: tl.constexpr = x.shape[1]
-    GROUPS: tl.constexpr = TOKENS // 32
-    x = x.reshape(GROUPS, 32, FEATURES).permute(2, 0, 1).reshape(FEATURES * GROUPS, 32)
-    v = rotate(x, matrix, factor)
-    local = tl.arange(0, FEATURES * GROUPS)
-    feature = first_feature + local // GROUPS
-    token_group = first_token // 32 + local % GROUPS
+    """Quantise four groups of tokens, rotated, [features, 4, 8] each, into the operand [n_features, n_tokens padded to
+    32]. Joining them moves nothing; a tile that is regrouped before its rotation goes through registers."""
+    FEATURES: tl.constexpr = v0.shape[0]
+    v = tl.join(tl.join(v0, v2), tl.join(v1, v3)).permute(0, 3, 4, 1, 2).reshape(FEATURES * 4, 4, 8)
+    local = tl.arange(0, FEATURES * 4)
+    feature = first_feature + local // 4
+    token_group = first_token // 32 + local % 4
     groups_per_row = tl.cdiv(n_tokens, 32)
     groups = feature.to(tl.int64) * groups_per_row + token_group
     inside = (feature < n_features) & (token_group < groups_per_row)
     quantize_groups(
-        v, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
+        v, 0, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
         tiled_ptr=tiled_ptr, per_row=groups_per_row,
     )  # fmt: skip
+
+
+@triton.jit
+def rotated_columns(
+    x_ptr, first_token, first_feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES: tl.constexpr
+):
+    """v [FEATURES, 4, 8] of 32 tokens, read along rows: the product takes its operand transposed."""
+    token = first_token + tl.arange(0, 32)
+    feature = first_feature + tl.arange(0, FEATURES)
+    x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
+    x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
+    return rotate(tl.trans(x), matrix, factor)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def quantize_columns_kernel(
     x_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features, factor, row_stride,
     tiled_ptr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
+    FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x [n_tokens, n_features], read along its rows, quantised along its columns."""
+    """Tiles of 128 tokens of x [n_tokens, n_features], read along its rows, quantised along its columns."""
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, x_ptr.dtype.element_ty)
     tiles = tl.cdiv(n_features, FEATURES)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES):
-        first_token = tile // tiles * TOKENS
-        first_feature = tile % tiles * FEATURES
-        token = first_token + tl.arange(0, TOKENS)
-        feature = first_feature + tl.arange(0, FEATURES)
-        x_at = token.to(tl.int64)[:, None] * row_stride + feature[None, :]
-        x = tl.load(x_ptr + x_at, mask=(token < n_tokens)[:, None] & (feature < n_features)[None, :], other=0.0)
-        quantize_transposed_tile(
-            x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
-            data_ptr, STOCHASTIC, ROLE, tiled_ptr,
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, 128) * tiles, tl.num_programs(0), num_stages=STAGES):
+        token = tile // tiles * 128
+        feature = tile % tiles * FEATURES
+        v0 = rotated_columns(x_ptr, token, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v1 = rotated_columns(x_ptr, token + 32, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v2 = rotated_columns(x_ptr, token + 64, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        v3 = rotated_columns(x_ptr, token + 96, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
+        quantize_transposed(
+            v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+            STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 
@@ -165,10 +180,11 @@ def empty_operand(
     return *empty_codes(rows, columns, device), None
 
 
-def holds_rows(columns: int, direction: str) -> bool:
+def holds_rows(x: Tensor, direction: str) -> bool:
     """Whether programs hold whole rows, and so know their scales, without much of a tile lying idle."""
-    groups = columns // 32
-    return 0 < groups <= WHOLE_ROW_GROUPS[direction] and 8 * groups >= 7 * next_power_of_2(groups)
+    groups = x.shape[1] // 32
+    limit = WHOLE_ROW_GROUPS[direction] * 2 // x.element_size()
+    return 0 < groups <= limit and 8 * groups >= 7 * next_power_of_2(groups)
 
 
 def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -211,7 +227,7 @@ def quantize_forward(
     codes, scales = empty_codes(rows, columns, x.device)
     mask_words = torch.empty(rows, columns // 32, dtype=torch.int32, device=x.device) if mask else None
     data = row_scale = None
-    whole = operand == "fp8" and holds_rows(columns, "forward")
+    whole = operand == "fp8" and holds_rows(x, "forward")
     if operand == "bf16":
         data = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
     elif whole:
@@ -263,6 +279,8 @@ def _launch_rows(
         contiguous = contiguous and per_row == n_groups
         tile = max(GROUPS_PER_TILE, per_row, smallest)
         tiles = cdiv(rows, tile // per_row)
+    # Three programs of the forward's 4 warps of many registers fit a multiprocessor, but only two of 8 warps of fewer.
+    groups_per_warp = 64 if row_scale is not None and codes is not None and width <= 32 else 32
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     launch(
         quantize_rows_kernel,
@@ -271,7 +289,7 @@ def _launch_rows(
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
         + (rows, n_groups, inverse_root(max(width, 1)), 0 if contiguous else x.stride(0), tiled),
         (contiguous, width, *constants, tile, per_row, STAGES),
-        NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // 32),
+        NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // groups_per_warp),
     )
 
 
@@ -300,7 +318,7 @@ def quantize_backward(
     rounding_constants = (stochastic, role if stochastic else 0, sign_role)
     if not transpose:
         constants = ("abs_max", None, *rounding_constants)
-        if operand == "fp8" and holds_rows(columns, "backward"):  # no codes are needed
+        if operand == "fp8" and holds_rows(x, "backward"):  # no codes are needed
             fp8, row_scale = empty_fp8(rows, columns, x.device)
             _launch_rows(x, matrix, signs, seed, None, None, None, fp8, row_scale, PROGRAMS[rounding], constants)
             return fp8.view(torch.float8_e5m2), row_scale
@@ -317,7 +335,7 @@ def quantize_backward(
             programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), x.device, TRANSPOSED_PROGRAMS),
             (x, matrix, signs, seed, words(codes), plain, data)
             + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), x.stride(0), tiled),
-            (*rounding_constants, TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
+            (*rounding_constants, FEATURES_PER_TILE, TRANSPOSED_STAGES),
             NUM_WARPS,
         )
     return finish_operand(codes, scales, data, operand)

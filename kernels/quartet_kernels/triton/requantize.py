@@ -9,23 +9,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import PORTABLE, load_rotation, to_bfloat16
+from .common import PORTABLE, load_rotation, rotate, to_bfloat16
 from .launch import cdiv, launch
 from .quantize import (
     FEATURES_PER_TILE,
     NUM_WARPS,
     TOKENS_PER_TILE,
-    TRANSPOSED_PROGRAMS,
     TRANSPOSED_STAGES,
     Operand,
     empty_operand,
     finish_operand,
     inverse_root,
     programs,
-    quantize_transposed_tile,
+    quantize_transposed,
     scale_pointers,
     words,
 )
+
+PROGRAMS = 24  # a multiprocessor
 
 
 @triton.jit
@@ -48,34 +49,51 @@ def decode_pairs(codes, scale):
     return tl.join(low, high)
 
 
+@triton.jit
+def rotated_codes(
+    codes_ptr, scales_ptr, first_token, first_feature, n_tokens, n_features, matrix, factor, FEATURES: tl.constexpr
+):
+    """v [FEATURES, 4, 8] of 32 tokens, read along rows: the product takes its operand transposed."""
+    token = first_token + tl.arange(0, 32)
+    inside = (token < n_tokens)[:, None]
+    pair = (first_feature // 2 + tl.arange(0, FEATURES // 2))[None, :]
+    group = (first_feature // 32 + tl.arange(0, FEATURES // 32))[None, :]
+    codes_at = token.to(tl.int64)[:, None] * (n_features // 2) + pair
+    codes = tl.load(codes_ptr + codes_at, mask=inside & (pair < n_features // 2), other=0).to(tl.uint32)
+    scales_at = token.to(tl.int64)[:, None] * (n_features // 32) + group
+    byte = tl.load(scales_ptr + scales_at, mask=inside & (group < n_features // 32), other=0).to(tl.uint32)
+
+    # 2^(byte - 127): byte 0 is a subnormal, 255 a NaN.
+    scale = tl.where(byte == 0, 0x0040, tl.where(byte == 255, 0x7FC0, byte << 7))[:, :, None]
+    scale = tl.broadcast_to(scale, (32, FEATURES // 32, 16)).reshape(32, FEATURES // 2)
+    return rotate(tl.trans(decode_pairs(codes, scale).reshape(32, FEATURES)), matrix, factor)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def requantize_kernel(
     in_codes_ptr, in_scales_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, n_tokens, n_features,
     factor, tiled_ptr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, SIGN_ROLE: tl.constexpr,
-    TOKENS: tl.constexpr, FEATURES: tl.constexpr, STAGES: tl.constexpr,
+    FEATURES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the packed tensor [n_tokens, n_features], quantised along its columns."""
+    """Tiles of 128 tokens of the packed tensor [n_tokens, n_features], quantised along its columns."""
     matrix = load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE, 32, tl.bfloat16)
     tiles = tl.cdiv(n_features, FEATURES)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS) * tiles, tl.num_programs(0), num_stages=STAGES):
-        first_token = tile // tiles * TOKENS
-        first_feature = tile % tiles * FEATURES
-        token = first_token + tl.arange(0, TOKENS)
-        inside = (token < n_tokens)[:, None]
-        pair = (first_feature // 2 + tl.arange(0, FEATURES // 2))[None, :]
-        group = (first_feature // 32 + tl.arange(0, FEATURES // 32))[None, :]
-        codes_at = token.to(tl.int64)[:, None] * (n_features // 2) + pair
-        codes = tl.load(in_codes_ptr + codes_at, mask=inside & (pair < n_features // 2), other=0).to(tl.uint32)
-        scales_at = token.to(tl.int64)[:, None] * (n_features // 32) + group
-        byte = tl.load(in_scales_ptr + scales_at, mask=inside & (group < n_features // 32), other=0).to(tl.uint32)
-
-        # 2^(byte - 127): byte 0 is a subnormal, 255 a NaN.
-        scale = tl.where(byte == 0, 0x0040, tl.where(byte == 255, 0x7FC0, byte << 7))[:, :, None]
-        scale = tl.broadcast_to(scale, (TOKENS, FEATURES // 32, 16)).reshape(TOKENS, FEATURES // 2)
-        x = decode_pairs(codes, scale).reshape(TOKENS, FEATURES)
-        quantize_transposed_tile(
-            x, first_token, first_feature, n_tokens, n_features, matrix, factor, seed_ptr, codes_ptr, scales_ptr,
-            data_ptr, STOCHASTIC, ROLE, tiled_ptr,
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_tokens, 128) * tiles, tl.num_programs(0), num_stages=STAGES):
+        token = tile // tiles * 128
+        feature = tile % tiles * FEATURES
+        v0 = rotated_codes(in_codes_ptr, in_scales_ptr, token, feature, n_tokens, n_features, matrix, factor, FEATURES)
+        v1 = rotated_codes(
+            in_codes_ptr, in_scales_ptr, token + 32, feature, n_tokens, n_features, matrix, factor, FEATURES
+        )
+        v2 = rotated_codes(
+            in_codes_ptr, in_scales_ptr, token + 64, feature, n_tokens, n_features, matrix, factor, FEATURES
+        )
+        v3 = rotated_codes(
+            in_codes_ptr, in_scales_ptr, token + 96, feature, n_tokens, n_features, matrix, factor, FEATURES
+        )
+        quantize_transposed(
+            v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+            STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 
@@ -101,11 +119,11 @@ def requantize(
         launch(
             requantize_kernel,
             codes.device,
-            programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), codes.device, TRANSPOSED_PROGRAMS),
+            programs(cdiv(rows, TOKENS_PER_TILE) * cdiv(columns, FEATURES_PER_TILE), codes.device, PROGRAMS),
             (codes.contiguous(), scales.contiguous(), matrix, signs, seed, words(new_codes), plain, data)
             + (rows, columns, inverse_root(BACKWARD_GROUP_SIZE), tiled),
             (stochastic, role if stochastic else 0, sign_role if signs is None else None)
-            + (TOKENS_PER_TILE, FEATURES_PER_TILE, TRANSPOSED_STAGES),
+            + (FEATURES_PER_TILE, TRANSPOSED_STAGES),
             NUM_WARPS,
         )
     return finish_operand(new_codes, new_scales, data, operand)
