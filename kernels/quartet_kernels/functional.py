@@ -1,6 +1,5 @@
 """Quantisation and products of packed tensors, for use without a layer."""
 
-import math
 from typing import Literal
 
 import torch
@@ -63,7 +62,7 @@ def quantize_mxfp4(
 
     # The quantisers of all others are the same, and these write scales as they are stored.
     name = "reference" if select_backend(backend, x.device, x.dtype).name == "reference" else "triton"
-    rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     mask = None
     if mode == "forward":
         codes, scales, mask, _, _ = load_backend(name).quantize_forward(rows, config=config, mask=return_mask)

@@ -436,11 +436,17 @@ def pack_words(indices, signs):
 
 
 @triton.constexpr_function
+def cuda_arch():
+    """What kernels are compiled for now, 90 for 9.0; 0 where that is no NVIDIA GPU."""
+    target = None if PORTABLE.value else current_target()
+    return target.arch if target is not None and target.backend == "cuda" else 0
+
+
+@triton.constexpr_function
 def converts_to_e2m1():
     """Whether the GPU that is compiled for has `cvt.rn.satfinite.e2m1x2`: 10.x and 12.x alike. Its stochastic sister
     `cvt.rs.satfinite.e2m1x4` is left alone: 12.x lacks it, and it does not take this package's random bits."""
-    target = None if PORTABLE.value else current_target()
-    return target is not None and target.backend == "cuda" and target.arch >= 100
+    return cuda_arch() >= 100
 
 
 @triton.jit
@@ -458,8 +464,7 @@ def round_and_pack(u):
 def rounds_pairs():
     """Whether to use :func:`rounded_pairs`: on Hopper, where it is faster. It takes registers, which products with both
     operands in registers do not leave."""
-    target = None if PORTABLE.value else current_target()
-    return target is not None and target.backend == "cuda" and target.arch // 10 == 9
+    return cuda_arch() // 10 == 9
 
 
 @triton.jit
@@ -532,13 +537,13 @@ def tiled_scale_at(row, group, per_row):
 
 @triton.constexpr_function
 def stores_directly():
-    """Whether `store` suits the results of products: four threads hold a group, but with the tensor memory of 10.x."""
-    target = None if PORTABLE.value else current_target()
-    return target is not None and target.backend == "cuda" and target.arch // 10 != 10
+    """Whether `store_directly` suits the results of products: four threads hold a group, but with the tensor memory of
+    10.x."""
+    return cuda_arch() // 10 not in (0, 10)
 
 
 @triton.jit
-def store(pointers, first, second, inside, KIND: tl.constexpr):
+def store_directly(pointers, first, second, inside, KIND: tl.constexpr):
     """Store the lowest bits of int32 `first`, as many as KIND says, where `inside`; "v2.b32" is `first` and `second`.
 
     `tl.store` would have every thread write 16 bytes and, with two barriers each, send all through shared memory for
@@ -554,6 +559,16 @@ def store(pointers, first, second, inside, KIND: tl.constexpr):
 
 
 @triton.jit
+def store(pointers, values, inside, DIRECT: tl.constexpr):
+    """Store int32 as int32 or uint8 where `inside`, with DIRECT by :func:`store_directly`."""
+    if DIRECT:
+        KIND: tl.constexpr = "b32" if pointers.dtype.element_ty.primitive_bitwidth == 32 else "b8"
+        store_directly(pointers, values, values, inside, KIND)
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def quantize_groups(
     v, first, local, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
@@ -561,7 +576,7 @@ def quantize_groups(
     DEALT: tl.constexpr = None, DIRECT: tl.constexpr = False,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `first` + `local` (a scalar and [R], one of
-    them int64; row-major) where `inside`, with DIRECT by :func:`store`.
+    them int64; row-major) where `inside`, with DIRECT by :func:`store_directly`.
 
     Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask uint8
     [groups, 4], data bfloat16 [groups, 32], `tiled_ptr` the scales again as in `tiled_scale_at`, for rows of `per_row`
@@ -614,15 +629,9 @@ def quantize_groups(
         usable = ((byte - 1).to(tl.uint32, bitcast=True) < 254)[:, None]
         words = tl.where(usable, words, 0)
         words_at = codes_ptr + first * 4 + (local[:, None] * 4 + tl.arange(0, 4)[None, :])
-        if DIRECT:
-            store(words_at, words, words, inside[:, None], "b32")
-        else:
-            tl.store(words_at, words, mask=inside[:, None])
+        store(words_at, words, inside[:, None], DIRECT)
     if scales_ptr is not None:
-        if DIRECT:
-            store(scales_ptr + first + local, byte, byte, inside, "b8")
-        else:
-            tl.store(scales_ptr + first + local, byte.to(tl.uint8), mask=inside)
+        store(scales_ptr + first + local, byte, inside, DIRECT)
     if tiled_ptr is not None:
         index = groups.to(tl.int32)
         tl.store(tiled_ptr + tiled_scale_at(index // per_row, index % per_row, per_row), byte.to(tl.uint8), mask=inside)
@@ -632,10 +641,7 @@ def quantize_groups(
         keep = (keep + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
         keep = tl.where(finite[:, None], keep, 0xFF)
         keep_at = mask_ptr + first * 4 + (local[:, None] * 4 + tl.arange(0, 4)[None, :])
-        if DIRECT:
-            store(keep_at, keep, keep, inside[:, None], "b8")
-        else:
-            tl.store(keep_at, keep.to(tl.uint8), mask=inside[:, None])
+        store(keep_at, keep, inside[:, None], DIRECT)
     if row_scale_ptr is not None:
         R: tl.constexpr = v.shape[0]
         if METHOD != "abs_max" and RULE == "floor":  # gives tiny groups codes of zero under a scale that is not tiny
@@ -661,7 +667,7 @@ def quantize_groups(
         if DIRECT:
             even, odd = tl.split(data)
             data_at = data_ptr + first * 8 + (local[:, None] * 8 + tl.arange(0, 4)[None, :] * 2)
-            store(data_at, even, odd, inside[:, None], "v2.b32")
+            store_directly(data_at, even, odd, inside[:, None], "v2.b32")
         else:
             four, two = tl.arange(0, 4)[:, None], tl.arange(0, 2)[None, :]
             if DEALT is not None:
