@@ -47,3 +47,5 @@ trainer = scenarios.make_trainer(
     2, "quartet_fsdp", 3, callbacks=[QuartetQAT(QuartetConfig()), saves], enable_checkpointing=True
 )
 trainer.fit(Mortal(optimizer="AdamW", lr=1e-3), Batches(), ckpt_path=last[-1] if last else None)
+# Else gloo's threads may outlive what they use when Python exits: "terminate called without an active exception".
+torch.distributed.destroy_process_group()
