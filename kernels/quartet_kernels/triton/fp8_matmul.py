@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import cdiv, launch, multiprocessors
+from .launch import cdiv, descriptor, launch, multiprocessors
 from .matmul import (
     GROUP_M,
     apply_mask,
@@ -210,9 +209,9 @@ def matmul(
         _, masked, group, _ = constants
         tile = tma_tile(M, N, programs, precise, masked, group, out.element_size())
         descriptors = (
-            TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),
-            TensorDescriptor.from_tensor(b, [tile.block_n, tile.block_k]),
-            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // tile.parts]),
+            descriptor(a, [tile.block_m, tile.block_k]),
+            descriptor(b, [tile.block_n, tile.block_k]),
+            descriptor(out, [tile.block_m, tile.block_n // tile.parts]),
         )
         launch(
             fp8_tma_kernel,

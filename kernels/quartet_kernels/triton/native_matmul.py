@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import cdiv, launch
+from .launch import cdiv, descriptor, launch
 from .matmul import GROUP_M, empty_product, epilogue_arguments, finish, tile_of
 
 BLOCK_M, BLOCK_N, BLOCK_K, WARPS = 128, 128, 128, 8
@@ -121,8 +120,8 @@ def descriptors(x: torch.Tensor, scales: torch.Tensor, rows: int, block_k: int) 
     """TMA descriptors of an operand and of its tiled scales, for blocks of `rows` x `block_k` elements."""
     width = block_k // (2 if x.dtype == torch.uint8 else 1)
     return (
-        TensorDescriptor.from_tensor(aligned(x), [rows, width]),
-        TensorDescriptor.from_tensor(scales[None], [1, rows // 128, block_k // 128, 2, 256]),
+        descriptor(aligned(x), [rows, width]),
+        descriptor(scales[None], [1, rows // 128, block_k // 128, 2, 256]),
     )
 
 
