@@ -17,7 +17,7 @@ _LORA_ADAPTERS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What :func:`convert_to_quartet` did.
+    """What `convert_to_quartet` did.
 
     Attributes:
         converted: Names of the layers that are QuartetLinear now and were not before.
@@ -123,7 +123,7 @@ def convert(
     *,
     complete: bool = True,
 ) -> ConversionReport:
-    """:func:`convert_to_quartet`; with ``complete=False`` layers may be made later, so having none is no error yet."""
+    """`convert_to_quartet`; with ``complete=False`` layers may be made later, so having none is no error yet."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_to_quartet needs an nn.Module, not {type(module).__name__}.")
     config = resolve_config(config)

@@ -1,11 +1,11 @@
 """Weights that FSDP2 gathers as 4-bit codes: 17/32 byte an element go over the wire instead of two or four bytes.
 
 A shard along dim 0 holds whole rows and so whole groups: quantised alone it gives just those rows of the quantised
-weight. Each rank keeps a :class:`ShardedWeight`, its rows in high precision; while a layer runs, the layer's
-parameter is a :class:`GatheredWeight`, the codes and scales of all rows.
+weight. Each rank keeps a `ShardedWeight`, its rows in high precision; while a layer runs, the layer's
+parameter is a `GatheredWeight`, the codes and scales of all rows.
 
 The gradient of a gathered weight leaves the layer in the rotated basis and not clipped. What is missing is linear and
-goes row by row, and the shard has its rows: :meth:`ShardedWeight.finish_gradient` does it after the reduction, on a
+goes row by row, and the shard has its rows: `ShardedWeight.finish_gradient` does it after the reduction, on a
 rank's part only, and the clip mask is never sent. Protocol: ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` of
 ``torch.distributed.fsdp.fully_shard``.
 """

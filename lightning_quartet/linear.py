@@ -19,7 +19,7 @@ from quartet_kernels.rotation import rotation_matrix
 class QuartetLinear(nn.Linear):
     """``y = x W^T + b`` with forward and backward products in MXFP4; parameters and state dict are ``nn.Linear``'s.
 
-    Usually made by :func:`lightning_quartet.convert_to_quartet`, which gives existing layers this class.
+    Usually made by `lightning_quartet.convert_to_quartet`, which gives existing layers this class.
 
     Args:
         in_features: Size of the last axis of the input, a multiple of ``config.hadamard_group_size``.
@@ -96,7 +96,7 @@ class QuartetLinear(nn.Linear):
             return rotate(packed.dequantize(), None if matrix is None else matrix.t()).to(dtype)
 
     def _restore_weight(self) -> None:
-        """Before the layer becomes an ``nn.Linear`` again; for a packed one, see :mod:`lightning_quartet.packed`."""
+        """Before the layer becomes an ``nn.Linear`` again; for a packed one, see `lightning_quartet.packed`."""
 
     def extra_repr(self) -> str:
         phase = "" if self.quartet_enabled else ", quartet_enabled=False"
@@ -137,7 +137,7 @@ def become_quartet(linear: nn.Linear, config: QuartetConfig) -> None:
 
 
 def become_linear(linear: QuartetLinear) -> None:
-    """Undo :func:`become_quartet`."""
+    """Undo `become_quartet`."""
     linear._restore_weight()
     linear.__class__ = nn.Linear  # type: ignore[assignment]
     for name in ("quartet_config", "quartet_enabled", "_quartet_step_set", "_quartet_seed"):
@@ -161,12 +161,13 @@ def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None
         TypeError: If ``module`` is no ``nn.Module``, or a number is no integer.
         ValueError: If a number is out of range, or the module has no QuartetLinear.
 
-    Example::
-
+    Example:
+        ```python
         for step, batch in enumerate(batches):
             set_quartet_step(model, step)
             model(batch).sum().backward()
             optimizer.step()
+        ```
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"set_quartet_step needs the nn.Module that was converted, not {type(module).__name__}.")

@@ -50,14 +50,14 @@ def projection_sums(
     signs: Tensor | None = None,
     seed: Tensor | int | None = None,
 ) -> ProjectionSums:
-    """Project x by :func:`quartet_kernels.quantize_mxfp4` and compare it, in the rotated basis, with x itself.
+    """Project x by `quartet_kernels.quantize_mxfp4` and compare it, in the rotated basis, with x itself.
 
     Args:
         x: float [..., K].
         config: Numerics; the default recipe if None.
         mode: ``"forward"`` for weights and inputs, ``"backward"`` for gradients.
         signs: float32 [32] of +-1 in front of the backward's rotation; None means +1.
-        seed: Of stochastic rounding, as in :func:`quartet_kernels.quartet_linear`.
+        seed: Of stochastic rounding, as in `quartet_kernels.quartet_linear`.
 
     Raises:
         TypeError: If x's dtype cannot be quantised.
@@ -106,16 +106,17 @@ class QuantizationSNR(Metric):
     Args:
         config: Numerics; the default recipe if None.
         mode: ``"forward"`` projects as weights and inputs are, ``"backward"`` as gradients are (with signs of +1).
-        kwargs: As in :class:`torchmetrics.Metric`.
+        kwargs: As in `torchmetrics.Metric`.
 
     Raises:
         ValueError: If the mode is unknown.
 
-    Example::
-
+    Example:
+        ```python
         snr = QuantizationSNR()
         snr.update(layer.weight)
         self.log("weight_snr", snr)
+        ```
     """
 
     is_differentiable = False
@@ -168,7 +169,7 @@ class ClipFraction(_Fraction):
 
     Args:
         config: Numerics; the default recipe if None.
-        kwargs: As in :class:`torchmetrics.Metric`.
+        kwargs: As in `torchmetrics.Metric`.
     """
 
     def __init__(self, config: QuartetConfig | None = None, **kwargs: Any) -> None:
@@ -190,7 +191,7 @@ class ScaleExponentHistogram(Metric):
     Args:
         config: Numerics; the default recipe if None.
         mode: ``"forward"`` projects as weights and inputs are, ``"backward"`` as gradients are (with signs of +1).
-        kwargs: As in :class:`torchmetrics.Metric`.
+        kwargs: As in `torchmetrics.Metric`.
 
     Raises:
         ValueError: If the mode is unknown.
@@ -224,7 +225,7 @@ class FP8SpanMisses(_Fraction):
     Args:
         config: Numerics; the default recipe if None.
         mode: ``"forward"`` projects as weights and inputs are, ``"backward"`` as gradients are (with signs of +1).
-        kwargs: As in :class:`torchmetrics.Metric`.
+        kwargs: As in `torchmetrics.Metric`.
 
     Raises:
         ValueError: If the mode is unknown.
@@ -256,13 +257,14 @@ class GradientAlignment(Metric):
     NaN while one of the two is zero.
 
     Args:
-        kwargs: As in :class:`torchmetrics.Metric`.
+        kwargs: As in `torchmetrics.Metric`.
 
-    Example::
-
+    Example:
+        ```python
         alignment = GradientAlignment()
         alignment.update(dy_quantized @ weight, dy @ weight)
         alignment.compute()["cosine"]
+        ```
     """
 
     is_differentiable = False

@@ -15,7 +15,7 @@ from quartet_kernels.ops import forward_factor
 
 
 class PackedQuartetLinear(QuartetLinear):
-    """A QuartetLinear whose weight is packed MXFP4: 17/32 byte an element, frozen; made by :func:`pack_quartet`.
+    """A QuartetLinear whose weight is packed MXFP4: 17/32 byte an element, frozen; made by `pack_quartet`.
 
     The forward is bit for bit that of the layer it was packed from, and the input gets its gradient in MXFP4 or
     bfloat16, so adapters train on top of it. State dict keys: ``weight_codes`` uint8 [out_features, in_features/2]
@@ -24,7 +24,7 @@ class PackedQuartetLinear(QuartetLinear):
 
     Attributes:
         weight: The codes, as in other 4-bit layers, for code that asks for a weight's device; see
-            :meth:`dequantized_weight` for the matrix.
+            `dequantized_weight` for the matrix.
     """
 
     weight_codes: nn.Parameter
@@ -99,7 +99,7 @@ def pack_quartet(module: nn.Module) -> int:
 
     Each master weight is freed as soon as its layer is packed, if nothing else (an optimizer, a tied embedding) holds
     it. Layers that share a weight share its packed form. Undone by
-    :func:`~lightning_quartet.revert_from_quartet`, whose ``nn.Linear`` layers get the dequantised weight.
+    `revert_from_quartet`, whose ``nn.Linear`` layers get the dequantised weight.
 
     Args:
         module: A converted model, on any device (also ``meta``).
@@ -123,7 +123,7 @@ def pack_quartet(module: nn.Module) -> int:
 
 
 def pack_layers(layers: Iterable[QuartetLinear]) -> int:
-    """:func:`pack_quartet` for these layers."""
+    """`pack_quartet` for these layers."""
     groups: dict[int, list[QuartetLinear]] = {}  # by the weight's id: holding it here would keep it from being freed
     for layer in layers:
         if isinstance(layer, PackedQuartetLinear):

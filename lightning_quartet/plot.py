@@ -61,7 +61,7 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "matplotlib is not installed; it comes with the extra `examples`: "
-            "pip install 'lightning-quartet[examples]'.",
+            "pip install -e '.[examples]' in the root of the clone.",
             name="matplotlib",
         ) from error
     folder = _find_run(Path(run_dir))

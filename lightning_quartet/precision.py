@@ -25,7 +25,7 @@ class QuartetPrecision(Precision):
     """Precision plugin that trains linear layers in MXFP4: ``Trainer(plugins=[QuartetPrecision("bf16-mixed")])``.
 
     On its own it converts the model before the optimizers are made, and counts optimizer steps and micro-batches for
-    the random bits of the backward. With a :class:`~lightning_quartet.QuartetQAT` callback it only chooses the dtypes,
+    the random bits of the backward. With a `QuartetQAT` callback it only chooses the dtypes,
     and the callback does the rest. FSDPStrategy takes only Lightning's own plugins: use the callback there.
 
     It is a plugin for Fabric too: ``Fabric(plugins=QuartetPrecision("bf16-mixed"))``. Fabric does not save a plugin's
@@ -35,7 +35,7 @@ class QuartetPrecision(Precision):
     Args:
         precision: Dtypes outside of the MXFP4 products, as the Trainer's option of that name.
         config: The numerics, or the name of a recipe; ``None`` means the default (or the callback's).
-        modules_to_not_convert: Names to leave alone, see :func:`~lightning_quartet.convert_to_quartet`.
+        modules_to_not_convert: Names to leave alone, see `convert_to_quartet`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -133,7 +133,7 @@ class QuartetPrecision(Precision):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of `state_dict`."""
         self._plain.load_state_dict(state_dict["plain"])
         self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
 

@@ -1,6 +1,7 @@
 """The wheel and what importing the packages needs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,4 +98,12 @@ def test_recipes_without_their_extra_say_what_to_install() -> None:
         + BLOCK.format(blocked={"tokenizers"})
         + "try:\n    import lightning_quartet.recipes\nexcept ModuleNotFoundError as error:\n    print(error)"
     )
-    assert "lightning-quartet[examples]" in run_python(code)
+    assert ".[examples]" in run_python(code)
+
+
+def test_docstrings_hold_no_sphinx_roles():
+    """The API pages are Markdown, which prints them as they are."""
+    roles = re.compile(r":(class|func|mod|attr|meth|data|exc):`|Example::")
+    for package in ("lightning_quartet", "kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not roles.search(path.read_text()), path

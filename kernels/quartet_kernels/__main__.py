@@ -21,7 +21,8 @@ def _write(report: dict[str, Any], target: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a tool; the exit status is 0, 1 if the doctor's self-test fails, or 2 for a wrong option."""
-    parser = argparse.ArgumentParser(prog="quartet_kernels", description="Tools of the MXFP4 training kernels.")
+    prog = "quartet_kernels" if Path(sys.argv[0]).name == "__main__.py" else None
+    parser = argparse.ArgumentParser(prog, description="Tools of the MXFP4 training kernels.")
     tools = parser.add_subparsers(dest="tool", required=True)
     bench = tools.add_parser("bench", help="measure the kernels and one linear layer on this machine")
     bench.add_argument(

@@ -19,7 +19,7 @@ BACKEND_VARIABLE = "QUARTET_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions with one signature, see :mod:`quartet_kernels.reference` for what each computes."""
+    """Functions with one signature, see `quartet_kernels.reference` for what each computes."""
 
     name: str
     quantize_forward: Callable

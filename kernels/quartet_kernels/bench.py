@@ -214,7 +214,7 @@ def _torchao(linear: nn.Linear) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def run(shapes: list[Shape] | None = None) -> dict[str, Any]:
     """All measurements as plain numbers: ``device``, ``versions``, ``copy TB/s``, ``kernels``, ``linears``, and on
-    NVIDIA's GPUs ``decode``: :func:`quartet_kernels.bench_decode.decode` of the same layers or of its own."""
+    NVIDIA's GPUs ``decode``: `quartet_kernels.bench_decode.decode` of the same layers or of its own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     layers = tuple((n, k) for _, k, n in shapes) if shapes else bench_decode.SHAPES

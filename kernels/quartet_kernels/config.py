@@ -38,7 +38,7 @@ class QuartetConfig:
         store_master_weights: ``False`` keeps only the weight's codes and scales: no weight gradient.
         accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
             float32 every 128 products; ``"auto"`` chooses per GEMM.
-        backend: ``"auto"`` or the name of a backend, see :func:`quartet_kernels.available_backends`.
+        backend: ``"auto"`` or the name of a backend, see `quartet_kernels.available_backends`.
         seed: Key of all randomness, 0 <= seed < 2**32.
 
     Raises:
@@ -81,7 +81,7 @@ class QuartetConfig:
 
     @classmethod
     def from_recipe(cls, name: str, **changes: Any) -> Self:
-        """The configuration of a named recipe, see :data:`RECIPES`; ``changes`` replace single options.
+        """The configuration of a named recipe, see `RECIPES`; ``changes`` replace single options.
 
         Raises:
             ValueError: If there is no such recipe or option.
@@ -92,7 +92,7 @@ class QuartetConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; options that are left out take their defaults.
+        """The inverse of `to_dict`; options that are left out take their defaults.
 
         Raises:
             ValueError: If an option is unknown or has an unknown value.
@@ -118,7 +118,7 @@ class QuartetConfig:
 
 @functools.lru_cache(maxsize=256)
 def parse_config(text: str) -> QuartetConfig:
-    """The inverse of :attr:`QuartetConfig.text`."""
+    """The inverse of `QuartetConfig.text`."""
     return QuartetConfig.from_dict(ast.literal_eval(text))
 
 

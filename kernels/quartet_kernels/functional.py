@@ -35,7 +35,7 @@ def quantize_mxfp4(
         mode: ``"forward"`` projects as config says; ``"backward"`` rotates in blocks of 32 and scales by the absolute
             maximum, so nothing clips.
         rounding: ``"nearest"`` or ``"stochastic"``, backward mode only; None takes config's.
-        seed: Of stochastic rounding, as in :func:`quartet_linear`; the role is that of the gradient.
+        seed: Of stochastic rounding, as in `quartet_linear`; the role is that of the gradient.
         return_mask: Return the clip mask too, int32 [..., K/32].
         backend: A backend's name.
 

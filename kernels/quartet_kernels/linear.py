@@ -128,7 +128,7 @@ class _QuartetLinear(torch.autograd.Function):
 
     x [..., K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and
     clip masks, 0.656 bytes an element; never x or the weight themselves. With both, the weight is not read: it only
-    gets its gradient, as :func:`finish_gradient` takes it.
+    gets its gradient, as `finish_gradient` takes it.
     """
 
     @staticmethod
@@ -275,7 +275,7 @@ def quartet_linear(
 
     Args:
         x: float [..., in_features]: float32, bfloat16, float16 or float64; any number of tokens, also none.
-        weight: float [out_features, in_features], or an :class:`MXFP4Tensor` of the rotated weight, which gets no
+        weight: float [out_features, in_features], or an `MXFP4Tensor` of the rotated weight, which gets no
             gradient. in_features is a multiple of the rotation's group, out_features of 32.
         bias: float [out_features].
         config: Numerics.
@@ -283,7 +283,7 @@ def quartet_linear(
             advanced in place before the backward. An int n means (n, 0, 0), None means (config.seed, 0, 0).
         signs: Two float32 [32] of +-1, for dX and for dW, instead of those that the seed would draw.
         master: With a packed weight, a float tensor of its shape that gets the weight's gradient, in the rotated basis
-            and not clipped, for :func:`quartet_kernels.linear.finish_gradient`; its values are not read.
+            and not clipped, for `quartet_kernels.linear.finish_gradient`; its values are not read.
 
     Returns:
         [..., out_features] in x's dtype, or in autocast's where that is on.

@@ -25,7 +25,7 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
-    """The inverse of :func:`pack_codes`: [..., K/2] to [..., K]."""
+    """The inverse of `pack_codes`: [..., K/2] to [..., K]."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -42,7 +42,7 @@ def unpack_mask(mask: Tensor) -> Tensor:
 
 
 def pack_mask(keep: Tensor) -> Tensor:
-    """The inverse of :func:`unpack_mask`: bool [..., K] to int32 [..., K/32]."""
+    """The inverse of `unpack_mask`: bool [..., K] to int32 [..., K/32]."""
     octets = keep.unflatten(-1, (-1, 8)).to(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
     octets = (octets * weights).sum(-1, dtype=torch.uint8)

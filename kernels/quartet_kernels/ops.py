@@ -1,7 +1,7 @@
 """The only door from Python into a backend: custom operators, opaque to ``torch.compile``, with fake kernels.
 
-Each takes a configuration as :attr:`QuartetConfig.text`, since schemas know no classes, and resolves its backend from
-its input's device; shapes and meanings are those of :mod:`quartet_kernels.reference`. A missing mask or operand is an
+Each takes a configuration as `QuartetConfig.text`, since schemas know no classes, and resolves its backend from
+its input's device; shapes and meanings are those of `quartet_kernels.reference`. A missing mask or operand is an
 empty tensor of one dimension, since an operator cannot return None.
 """
 
@@ -22,7 +22,7 @@ from .rotation import rotation_matrix
 _LIBRARY = torch.library.Library("quartet", "DEF")
 
 BACKWARD_FACTOR = 4 / 3
-"""Backward operands hold 3/4 of their value: see :func:`quartet_kernels.reference.quantize_backward`."""
+"""Backward operands hold 3/4 of their value: see `quartet_kernels.reference.quantize_backward`."""
 
 
 def forward_factor(config: QuartetConfig) -> float:

@@ -137,7 +137,7 @@ def _project(v: Tensor, config: QuartetConfig) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _quantize_abs_max(v: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backward's quantiser, same results as :func:`_project`: |u| < 6, so nothing clips. Stochastic with random."""
+    """The backward's quantiser, same results as `_project`: |u| < 6, so nothing clips. Stochastic with random."""
     largest, zero, finite = _group_statistics(v)
     exponent = (_exponent(largest) - 2).clamp_(MIN_EXPONENT, MAX_EXPONENT)
     u = (v * _power(-exponent, v.dtype)[..., None]).mul_(0.75)
@@ -329,7 +329,7 @@ def matmul_bf16(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Straight-through backward: x [M, N], rounded to bfloat16, times ``code * scale`` [N, K] (or x.T times [M, K]),
-    with the same epilogue as :func:`matmul`."""
+    with the same epilogue as `matmul`."""
     wide = _accumulator(x).dtype
     x = x.to(torch.bfloat16).to(wide)
     product = (x.t() if transpose else x) @ decode(codes, scales, wide)
@@ -347,7 +347,7 @@ def matmul_mxfp8(
     matrix: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`matmul_bf16` with both operands in MXFP8, grouped along the axis that is contracted."""
+    """`matmul_bf16` with both operands in MXFP8, grouped along the axis that is contracted."""
     a, _ = quantize_mxfp8(x, transpose=transpose)
     b, _ = quantize_mxfp8(decode(codes, scales, a.dtype), transpose=True)
     return unrotate(a @ b.t(), alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)

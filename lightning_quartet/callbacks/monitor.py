@@ -59,7 +59,7 @@ class QuartetMonitor(Callback):
     ``quartet_worst/<tensor>/<measure>``. All loggers get all of them at the measured step whatever the Trainer's
     ``log_every_n_steps``, TensorBoard also a histogram of scale exponents ``quartet/<layer>/<tensor>/exponents``.
     The summaries go through ``pl_module.log``; ``trainer.callback_metrics`` has all values, and so does
-    :attr:`latest`, also without a logger.
+    `latest`, also without a logger.
 
     The first micro-batch of a measured step is observed; on other steps there are no hooks and no work. Sums are added
     over ranks in one reduction, and read from the device once. Under ``torch.compile`` the observed micro-batch runs
@@ -71,7 +71,7 @@ class QuartetMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between measurements; step 0 is measured.
-        layers: Patterns of layer names, as in :func:`~lightning_quartet.convert_to_quartet`; ``None`` means all
+        layers: Patterns of layer names, as in `convert_to_quartet`; ``None`` means all
             QuartetLinear layers.
         rows: Rows of a tensor (tokens, output features) that are measured at most, evenly spaced; ``None`` means all.
 
@@ -83,9 +83,10 @@ class QuartetMonitor(Callback):
         TypeError: If ``layers`` is not a list of names.
         MisconfigurationException: When the fit starts, if a pattern matches no QuartetLinear or there is none.
 
-    Example::
-
+    Example:
+        ```python
         trainer = Trainer(callbacks=[QuartetQAT(), QuartetMonitor(every_n_steps=200, layers=["layers.0", "lm_head"])])
+        ```
     """
 
     def __init__(self, every_n_steps: int = 100, layers: Sequence[str] | None = None, rows: int | None = 256) -> None:

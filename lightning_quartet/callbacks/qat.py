@@ -33,7 +33,7 @@ _NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
 class QuartetQAT(Callback):
     """Trains the linear layers of any LightningModule in MXFP4: ``Trainer(callbacks=[QuartetQAT()])``.
 
-    The layers become :class:`~lightning_quartet.QuartetLinear` when a fit, validation, test or prediction begins, also
+    The layers become `QuartetLinear` when a fit, validation, test or prediction begins, also
     those that ``setup`` or ``configure_model`` make; the model's state dict stays that of ``nn.Linear``. The random
     bits of the backward follow from the config's seed, the step and the batch, so the user's random streams are not
     touched and a resumed run repeats an uninterrupted one bit for bit.
@@ -41,7 +41,7 @@ class QuartetQAT(Callback):
     Args:
         config: The numerics: a config, the name of a recipe such as ``"quartet_stochastic"``, or ``None`` for the
             default.
-        modules_to_not_convert: Names to leave alone, see :func:`~lightning_quartet.convert_to_quartet`; ``None`` means
+        modules_to_not_convert: Names to leave alone, see `convert_to_quartet`; ``None`` means
             ``lm_head`` where there is one.
         start_step: The optimizer step from which on products are MXFP4; before it the layers compute as ``nn.Linear``.
         end_step: The optimizer step from which on they compute as ``nn.Linear`` again; ``None`` means never.
@@ -58,10 +58,11 @@ class QuartetQAT(Callback):
         MisconfigurationException: When a run begins, for a Trainer, strategy, plugin, callback or optimizer that it
             cannot work with.
 
-    Example::
-
+    Example:
+        ```python
         trainer = Trainer(max_steps=1000, precision="bf16-mixed", callbacks=[QuartetQAT("quartet")])
         trainer.fit(model, data)
+        ```
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def export_quartet(
     Args:
         model: A Hugging Face model with QuartetLinear layers, packed or not, or a module (a LightningModule) that
             holds one.
-        format: A name of :data:`~lightning_quartet.export.FORMATS`.
+        format: A name of `FORMATS`.
         out: The folder to make.
         dtype: float32, bfloat16 or float16 of all that is not in MXFP4; ``None`` means the format's default:
             bfloat16, and each tensor's own for ``"quartet"``.
@@ -56,9 +56,10 @@ def export_quartet(
         FileExistsError: If ``out`` exists.
         ImportError: If the format needs a package that is not installed.
 
-    Example::
-
+    Example:
+        ```python
         export_quartet(module, "auto-round", "exported/auto-round")
+        ```
     """
     row = FORMATS.get(format)
     if row is None:

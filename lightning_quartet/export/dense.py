@@ -1,4 +1,4 @@
-"""``dense``: every weight rotated back, in bfloat16 or float32; any runtime loads it."""
+"""``dense``: every weight rotated back, in bfloat16, float32 or float16; any runtime loads it."""
 
 from pathlib import Path
 

@@ -109,7 +109,7 @@ FORMATS: dict[str, Format] = {
     ),
     "dense": Format(
         write=write_dense,
-        holds="rotated-back weights in bfloat16 or float32, for any runtime",
+        holds="rotated-back weights in bfloat16, float32 or float16, for any runtime",
         activations=("none",),
         load=_AUTO,
         notes=(

@@ -32,7 +32,7 @@ _CONTROL, _NORMAL = 3, 1  # token types
 
 
 def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
-    """One file, :data:`FILE`; tokenizer and config.json lie beside it, for ``from_pretrained(dir, gguf_file=...)``."""
+    """One file, `FILE`; tokenizer and config.json lie beside it, for ``from_pretrained(dir, gguf_file=...)``."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = exported.model.config

@@ -10,7 +10,7 @@ from quartet_kernels import MXFP4Tensor
 
 
 def write_quartet(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
-    """``weight_codes``, ``weight_scales``: the state dict of :class:`~lightning_quartet.PackedQuartetLinear`."""
+    """``weight_codes``, ``weight_scales``: the state dict of `PackedQuartetLinear`."""
 
     def tensors(name: str, packed: MXFP4Tensor) -> dict[str, Tensor]:
         return {"weight_codes": packed.codes, "weight_scales": packed.scales}

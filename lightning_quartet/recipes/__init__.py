@@ -7,7 +7,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"lightning_quartet.recipes needs {error.name!r}, which comes with the extra `examples`: "
-        "pip install 'lightning-quartet[examples]'.",
+        "pip install -e '.[examples]' in the root of the clone.",
         name=error.name,
     ) from error
 

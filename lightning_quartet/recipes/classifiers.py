@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 
 
 class _Classifier(LightningModule):
-    """What :class:`TextClassifier` and :class:`ImageClassifier` have in common."""
+    """What `TextClassifier` and `ImageClassifier` have in common."""
 
     auto_class: ClassVar[Any]
 
@@ -113,7 +113,7 @@ class ImageClassifier(_Classifier):
     """Fine-tunes a vision transformer of transformers, such as DINOv2, on labelled images.
 
     A batch is a dictionary of ``pixel_values``, float ``[batch, 3, height, width]``, and int64 ``labels`` ``[batch]``,
-    as ``FashionMNISTDataModule`` makes it. What is logged, arguments and errors are those of :class:`TextClassifier`.
+    as ``FashionMNISTDataModule`` makes it. What is logged, arguments and errors are those of `TextClassifier`.
     """
 
     auto_class = AutoModelForImageClassification

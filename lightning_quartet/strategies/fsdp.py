@@ -235,7 +235,7 @@ class QuartetFSDP(ModelParallelStrategy):
 
 
 def find_blocks(model: nn.Module, classes: Sequence[str] | None = None) -> list[nn.Module]:
-    """The modules to gather and free as one, see :class:`QuartetFSDP`.
+    """The modules to gather and free as one, see `QuartetFSDP`.
 
     Raises:
         MisconfigurationException: If there is no module of one of the classes.

@@ -7,7 +7,7 @@ from processes import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Two processes; see :class:`processes.Ranks`."""
+    """Two processes; see `processes.Ranks`."""
     pool = Ranks(2)
     yield pool
     pool.close()

@@ -12,7 +12,7 @@ from lightning_quartet import QuartetConfig
 
 @pytest.fixture(scope="module")
 def one_process():
-    """``one_process(**options)`` of :func:`scenarios.train`, each run made once."""
+    """``one_process(**options)`` of `scenarios.train`, each run made once."""
     known = {}
 
     def run(**options):

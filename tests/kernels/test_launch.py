@@ -32,7 +32,7 @@ class Binary(CompiledKernel):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A kernel whose first launch gives a :class:`Binary`."""
+    """A kernel whose first launch gives a `Binary`."""
     binary = Binary()
     monkeypatch.setattr(launch_module, "PORTABLE", False)
     monkeypatch.setattr(launch_module, "_several_devices", lambda: False)

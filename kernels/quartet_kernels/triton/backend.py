@@ -143,14 +143,14 @@ def matmul_bf16(
     matrix: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`quartet_kernels.reference.matmul_bf16`; cuBLAS multiplies."""
+    """See `quartet_kernels.reference.matmul_bf16`; cuBLAS multiplies."""
     x = x.to(torch.bfloat16)
     product = _dense_product(x.t() if transpose else x, matmul.dequantize(codes, scales, dtype=torch.bfloat16))
     return matmul.unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)
 
 
 def matmul_mxfp8(x: Tensor, codes: Tensor, scales: Tensor, *, transpose: bool, native: bool, **epilogue: Any) -> Tensor:
-    """See :func:`quartet_kernels.reference.matmul_mxfp8`; exact bfloat16 operands where there are no MXFP8 units."""
+    """See `quartet_kernels.reference.matmul_mxfp8`; exact bfloat16 operands where there are no MXFP8 units."""
     a = quantize_mxfp8(x, transpose=transpose, native=native)
     b = quantize_mxfp8(codes, scales, transpose=True, native=native)
     multiply = native_matmul.matmul if native else _matmul_dense

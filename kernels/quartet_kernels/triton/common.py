@@ -117,7 +117,7 @@ def to_float32(x):
 
 @triton.jit
 def load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
-    """D H, [G, G] of +-1, as :func:`rotate` takes it; None for G = 0."""
+    """D H, [G, G] of +-1, as `rotate` takes it; None for G = 0."""
     if G == 0:
         matrix = None
     else:
@@ -462,7 +462,7 @@ def round_and_pack(u):
 
 @triton.constexpr_function
 def rounds_pairs():
-    """Whether to use :func:`rounded_pairs`: on Hopper, where it is faster. It takes registers, which products with both
+    """Whether to use `rounded_pairs`: on Hopper, where it is faster. It takes registers, which products with both
     operands in registers do not leave."""
     return cuda_arch() // 10 == 9
 
@@ -488,7 +488,7 @@ def rounded_pair(a, b, sign_a, sign_b, CLIP: tl.constexpr):
 
 @triton.jit
 def rounded_pairs(magnitude, v, CLIP: tl.constexpr):
-    """:func:`rounded_pair` of magnitudes [R, 4, 8] with the signs of v: elements 0 and 2, 4 and 6, 1 and 3, 5 and 7."""
+    """`rounded_pair` of magnitudes [R, 4, 8] with the signs of v: elements 0 and 2, 4 and 6, 1 and 3, 5 and 7."""
     a0, a1, a2, a3, a4, a5, a6, a7 = split_last(magnitude)
     s0, s1, s2, s3, s4, s5, s6, s7 = split_last(v.to(tl.uint32, bitcast=True))
     p02 = rounded_pair(a0, a2, s0, s2, CLIP)
@@ -500,7 +500,7 @@ def rounded_pairs(magnitude, v, CLIP: tl.constexpr):
 
 @triton.jit
 def codes_of_pairs(p02, p46, p13, p57):
-    """Words of eight codes from :func:`rounded_pairs`."""
+    """Words of eight codes from `rounded_pairs`."""
     upper = p02 * 0 + 0x7531
     even = permute_bytes(p02, p46, upper)  # in each byte the sign on top, the index above its lowest bit
     odd = permute_bytes(p13, p57, upper)
@@ -521,7 +521,7 @@ def fp8_pair(pair, factor):
 
 @triton.jit
 def fp8_of_pairs(p02, p46, p13, p57, factor):
-    """FP8 numbers code * factor from :func:`rounded_pairs`, along a new last axis of two words."""
+    """FP8 numbers code * factor from `rounded_pairs`, along a new last axis of two words."""
     order = p02 * 0 + 0x5140
     low = permute_bytes(fp8_pair(p02, factor), fp8_pair(p13, factor), order)
     high = permute_bytes(fp8_pair(p46, factor), fp8_pair(p57, factor), order)
@@ -560,7 +560,7 @@ def store_directly(pointers, first, second, inside, KIND: tl.constexpr):
 
 @triton.jit
 def store(pointers, values, inside, DIRECT: tl.constexpr):
-    """Store int32 as int32 or uint8 where `inside`, with DIRECT by :func:`store_directly`."""
+    """Store int32 as int32 or uint8 where `inside`, with DIRECT by `store_directly`."""
     if DIRECT:
         KIND: tl.constexpr = "b32" if pointers.dtype.element_ty.primitive_bitwidth == 32 else "b8"
         store_directly(pointers, values, values, inside, KIND)
@@ -576,7 +576,7 @@ def quantize_groups(
     DEALT: tl.constexpr = None, DIRECT: tl.constexpr = False,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `first` + `local` (a scalar and [R], one of
-    them int64; row-major) where `inside`, with DIRECT by :func:`store_directly`.
+    them int64; row-major) where `inside`, with DIRECT by `store_directly`.
 
     Outputs, each None where it is not wanted: codes int32 [groups, 4], scales uint8 [groups], clip mask uint8
     [groups, 4], data bfloat16 [groups, 32], `tiled_ptr` the scales again as in `tiled_scale_at`, for rows of `per_row`

@@ -85,7 +85,7 @@ def scaled(pair, factor):
 
 @triton.jit
 def decode_word(word, factor):
-    """The eight codes of a word times `factor` (a pair of float16) times 2^-14, in the order of :func:`as_halves`."""
+    """The eight codes of a word times `factor` (a pair of float16) times 2^-14, in the order of `as_halves`."""
     # E2M1 in the low bits of E5M2; what lies between its sign and the others goes with the bytes that are masked.
     even, odd = with_signs(word << 1, word << 4), with_signs(word >> 3, word)
     a, b, c, d = even & 0x8E008E00, (even << 8) & 0x8E008E00, odd & 0x8E008E00, (odd << 8) & 0x8E008E00
@@ -383,7 +383,7 @@ def multiply_few(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``alpha * X @ W.T + bias`` of what :func:`quantize_few` made of ``tokens`` tokens.
+    """``alpha * X @ W.T + bias`` of what `quantize_few` made of ``tokens`` tokens.
 
     codes and scales are aligned to 16 bytes; on Hopper they are read before the stream's last kernel has ended.
     """

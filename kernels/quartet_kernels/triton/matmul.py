@@ -17,7 +17,7 @@ from .launch import cdiv, launch
 PACKED_TILES = {9: (128, 128, 64), 10: (128, 128, 64)}
 """(BLOCK_M, BLOCK_N, BLOCK_K) of the packed GEMM by major compute capability (MI300 and MI350 say 9); 8 warps each."""
 GROUP_M = 8
-"""Rows of tiles that are walked together, see :func:`tile_of`."""
+"""Rows of tiles that are walked together, see `tile_of`."""
 SMALL_PACKED_TILE = (64, 128, 64)  # elsewhere accumulators and operands are both in registers: the larger tile spills
 
 

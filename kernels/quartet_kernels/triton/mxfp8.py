@@ -91,7 +91,7 @@ def mxfp8_kernel(
 
 
 def quantize_mxfp8(x: Tensor, scales: Tensor | None = None, *, transpose: bool, native: bool) -> Operand:
-    """See :func:`quartet_kernels.reference.quantize_mxfp8`.
+    """See `quartet_kernels.reference.quantize_mxfp8`.
 
     Args:
         x: float32, bfloat16 or float16 [M, N]; or codes uint8 [M, N/2] of a packed tensor, read as code * scale.

@@ -308,7 +308,7 @@ def quantize_backward(
 
     ``signs`` float32 [32] are used as given, else ``sign_role`` draws them from ``seed`` int64 [3], else they are +1.
     The operand leaves out the factor 4/3: ``"packed"``: codes and scales; ``"fp8"`` and ``"bf16"`` as in
-    :func:`quantize_forward`, and no codes are kept.
+    `quantize_forward`, and no codes are kept.
     """
     rows, columns = x.shape
     x = contiguous_rows(x)

@@ -109,7 +109,7 @@ def requantize(
     operand: str = "packed",
 ) -> Operand:
     """The operand of the transposed tensor, [K, M] grouped along M (padded with zeros to a multiple of 32), from codes
-    uint8 [M, K/2] and scales uint8 [M, K/32]; signs, rounding and operand as in :func:`.quantize.quantize_backward`."""
+    uint8 [M, K/2] and scales uint8 [M, K/32]; signs, rounding and operand as in `quantize.quantize_backward`."""
     rows, columns = codes.shape[0], codes.shape[1] * 2
     new_codes, new_scales, data = empty_operand(columns, cdiv(rows, 32) * 32, operand, codes.device)
     stochastic = rounding == "stochastic"
