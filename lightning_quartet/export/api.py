@@ -93,7 +93,7 @@ def export_quartet(
     )
     with new_folder(out, overwrite) as staging, torch.no_grad():
         row.write(exported, staging, shard_bytes)
-        write_card(exported, format, row, staging, Path(out).name)
+        write_card(exported, format, row, staging, Path(os.path.abspath(out)).name)
         write_json(staging / MARKER, {"version": 1, "format": format, "config": config.to_dict()})
     return Path(out)
 

@@ -1,8 +1,11 @@
 """``lightning-quartet export``: from a checkpoint of a training to a folder that other libraries load."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,46 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; ``argv`` begins with its name. Returns the exit status."""
     options = _parser().parse_args(argv[1:])
     try:
-        model = load_checkpoint(
-            options.ckpt, options.model, options.prefix, options.recipe, options.modules_to_not_convert
-        )
-        out = export_quartet(
-            model,
-            options.format,
-            options.out,
-            dtype=_DTYPES.get(options.dtype),
-            activations=options.activations,
-            source=options.model,
-            overwrite=options.overwrite,
-        )
+        with _cleaned_up_when_terminated():
+            return _run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         sys.stderr.write(f"lightning-quartet export: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("lightning-quartet export: interrupted; nothing was written.\n")
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    model = load_checkpoint(options.ckpt, options.model, options.prefix, options.recipe, options.modules_to_not_convert)
+    out = export_quartet(
+        model,
+        options.format,
+        options.out,
+        dtype=_DTYPES.get(options.dtype),
+        activations=options.activations,
+        source=options.model,
+        overwrite=options.overwrite,
+    )
     sys.stdout.write(f"{out}\n")
     return 0
+
+
+@contextmanager
+def _cleaned_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM raise, so that temporary folders go."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +41,64 @@ def new_folder(out: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
         FileExistsError: If ``out`` exists and is not to be, or must not be, replaced.
     """
     target = Path(os.path.realpath(out))
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(f"{os.fspath(out)!r} is or holds the working directory; name a directory inside it.")
+    if not _is_free(target):
         if not overwrite:
             raise FileExistsError(f"{out} exists; choose another directory, or overwrite it (--overwrite).")
-        if not (target / MARKER).is_file():
-            raise FileExistsError(f"{out} is no earlier export (it has no {MARKER}), so it is not overwritten.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _check_export(target)
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        yield folder
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in (folder, *folder.iterdir()):  # temporary folders and safetensors are private to the user
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if target.exists():
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as old:
-                target.rename(Path(old) / "old")
-                folder.rename(target)
-        else:
-            folder.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield folder
+            mask = os.umask(0)
+            os.umask(mask)
+            for path in (folder, *folder.iterdir()):  # temporary folders and safetensors are private to the user
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            _put(folder, target, overwrite)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
+
+
+def _is_free(target: Path) -> bool:
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def _check_export(folder: Path) -> None:
+    if not (folder / MARKER).is_file():
+        raise FileExistsError(f"{folder} is no earlier export (it has no {MARKER}), so it is not overwritten.")
+
+
+def _put(folder: Path, target: Path, overwrite: bool) -> None:
+    """Rename a finished folder; what was there is deleted only when the new one is in its place."""
+    if not overwrite or _is_free(target):
+        try:
+            folder.rename(target)  # refused by the system unless there is nothing, or an empty directory
+        except OSError:
+            if _is_free(target):
+                raise
+            raise FileExistsError(f"{target} appeared during the export; choose another directory.") from None
+        return
+    _check_export(target)
+    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = backup / target.name
+    try:
+        target.rename(old)
+        folder.rename(target)
+    except BaseException:
+        if old.exists() and _is_free(target):
+            old.rename(target)
+            backup.rmdir()
+        raise
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -75,24 +111,34 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write tensors as they come: one file, or shards of at most ``shard_bytes`` with an index."""
+    """Write tensors as they come: one file, or shards of at most ``shard_bytes`` with an index.
+
+    Raises:
+        OSError: If the disk is full, say.
+    """
     header = {"format": "pt", **(metadata or {})}
     shards: list[Path] = []
     names: list[list[str]] = []
     shard: dict[str, Tensor] = {}
+    storages: set[int] = set()  # safetensors refuses tensors that share one
     total = size = 0
 
     def flush() -> None:
         shards.append(folder / f"shard-{len(shards)}.safetensors")
         names.append(list(shard))
-        save_file(shard, shards[-1], metadata=header)
+        try:
+            save_file(shard, shards[-1], metadata=header)
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"The weights could not be written to {folder.parent} ({_reason(error)}).") from None
         shard.clear()
+        storages.clear()
 
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
-        shard[name] = tensor
+        shard[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(shard[name].untyped_storage().data_ptr())
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
@@ -108,11 +154,28 @@ def write_tensors(
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files (data only, never code) of a model folder."""
-    for pattern in _TOKENIZER_FILES if source is not None else ():
-        for path in sorted(source.glob(pattern)) if source is not None else ():
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    """Copy the tokenizer's files (data only, never code) of a model folder.
+
+    Raises:
+        ValueError: If a file is a link out of the folder, or tokenizer_config.json is not valid.
+    """
+    if source is None:
+        return
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}):
+        if not _inside(path, source):
+            raise ValueError(f"{path} is a link out of its folder; replace it by the file itself.")
+        if path.name == "tokenizer_config.json":
+            values = read_json(path)
+            values.pop("auto_map", None)  # it names code, which is not copied
+            write_json(folder / path.name, values)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies there, or in the blobs beside the snapshots of Hugging Face's cache."""
+    real, root = path.resolve(), folder.resolve()
+    return real.is_relative_to(root) or (root.parent.name == "snapshots" and real.parent == root.parents[1] / "blobs")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,8 +244,9 @@ class TensorFiles:
             raise ValueError(f"{folder / INDEX} has no weight_map; the folder is damaged.")
         files: dict[Path, set[str] | None] = {}
         for key, name in weight_map.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", name):
-                raise ValueError(f"{INDEX} names the file {name!r}; only safetensors in the folder itself are read.")
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name, re.ASCII):
+                shown = f"{name!r}"[:100]
+                raise ValueError(f"{INDEX} names the file {shown}; only safetensors in the folder itself are read.")
             keys = files.setdefault(folder / name, set())
             assert keys is not None
             keys.add(key)
@@ -195,5 +259,8 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} is truncated or no safetensors file ({reason}).") from None
+        raise ValueError(f"{path} is truncated or no safetensors file ({_reason(error)}).") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")

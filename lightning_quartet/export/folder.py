@@ -23,13 +23,18 @@ def write_folder(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Sharded safetensors, config.json, generation config and tokenizer."""
-    write_tensors(folder, exported.tensors(layer_tensors), shard_bytes, metadata)
+    # The small files first: what is wrong with them is said before gigabytes are written.
     write_config(exported, folder, quantization_config)
     copy_tokenizer(exported.source, folder)
+    write_tensors(folder, exported.tensors(layer_tensors), shard_bytes, metadata)
 
 
 def write_config(exported: ExportedModel, folder: Path, quantization_config: dict[str, Any] | None) -> None:
-    """config.json and generation_config.json."""
+    """config.json and generation_config.json.
+
+    Raises:
+        ValueError: If the generation config contradicts itself.
+    """
     config = copy.deepcopy(exported.model.config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -45,4 +50,8 @@ def write_config(exported: ExportedModel, folder: Path, quantization_config: dic
         values["quantization_config"] = quantization_config
     write_json(folder / "config.json", values)
     if exported.model.can_generate():
-        exported.model.generation_config.save_pretrained(folder)
+        try:
+            exported.model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            reason = str(error).strip().replace("\n", " ").rstrip(".")
+            raise ValueError(f"The model's generation_config is not valid and must be corrected: {reason}.") from None

@@ -1,5 +1,6 @@
 """``lightning-quartet export`` on checkpoints that Trainers write."""
 
+import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -149,6 +150,21 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path, source, capsys):
         assert err.startswith("lightning-quartet export: ")
         assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_without_a_trace(tmp_path, source, capsys, monkeypatch, number, status):
+    ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT())
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lightning_quartet.export.api.write_card", lambda *args: signal.raise_signal(number))
+    try:
+        result = export(ckpt, source, tmp_path / "out")
+    except SystemExit as stop:
+        result = stop.code
+    assert result == status
+    assert capsys.readouterr().err.count("\n") == (number == signal.SIGINT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "source"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_help_starts_without_building_the_training_command(capsys):

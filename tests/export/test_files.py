@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import bert, llama, tokenizer, tokens
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -58,6 +59,72 @@ def test_nothing_is_overwritten_unasked_and_only_an_export_is_when_asked(tmp_pat
     with pytest.raises(FileExistsError, match="no earlier export"):
         export_quartet(llama(CONFIG), "dense", precious, overwrite=True)
     assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
+
+
+def test_what_appears_during_the_export_is_kept(tmp_path, monkeypatch):
+    def appear(*args):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+
+    monkeypatch.setattr("lightning_quartet.export.api.write_card", appear)
+    with pytest.raises(FileExistsError, match="appeared during the export"):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+    (tmp_path / "out" / "thesis.tex").unlink()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(FileExistsError, match="no earlier export"):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+
+
+def test_an_interruption_between_the_renames_puts_the_old_export_back(tmp_path, monkeypatch):
+    out = export_quartet(llama(CONFIG), "quartet", tmp_path / "out")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if Path(target) == out and (path / "README.md").exists() and "dense" in (path / MARKER).read_text():
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_quartet(llama(CONFIG), "dense", out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert torch.equal(from_pretrained_quartet(out)(tokens()).logits, llama(CONFIG)(tokens()).logits)
+
+
+def test_a_failed_export_leaves_no_parents_and_the_working_directory_alone(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_quartet.export.api.write_card", fail)
+        with pytest.raises(RuntimeError, match="disk full"):
+            export_quartet(llama(CONFIG), "quartet", tmp_path / "x" / "y" / "z")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "..", ""):
+        with pytest.raises(FileExistsError, match="working directory"):
+            export_quartet(llama(CONFIG), "quartet", out, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lightning_quartet.export.files.save_file", full)
+    with pytest.raises(OSError, match="could not be written .*No space left"):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generation_config_that_contradicts_itself_is_refused_before_weights_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_quartet.export.folder.write_tensors", fail)
+    model = llama(CONFIG)
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match="generation_config is not valid") as caught:
+        export_quartet(model, "quartet", tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 def test_folders_have_the_usual_permissions(tmp_path):
@@ -170,6 +237,27 @@ def test_tokenizer_files_are_copied_and_code_is_not(tmp_path):
     assert not names & {"modeling_evil.py", "pytorch_model.bin"}
     assert "auto_map" not in (out / "config.json").read_text()
 
+    values = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["evil.T"]}}))
+    out = export_quartet(model, "quartet", tmp_path / "b", source=source)
+    assert json.loads((out / "tokenizer_config.json").read_text()) == values
+
+
+def test_links_out_of_the_tokenizers_folder_are_not_followed(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    tokenizer(snapshot)
+    blobs.mkdir()
+    (snapshot / "tokenizer.json").rename(blobs / "456")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/456")  # Hugging Face's cache
+    out = export_quartet(llama(CONFIG), "quartet", tmp_path / "a", source=snapshot)
+    assert (out / "tokenizer.json").read_bytes() == (blobs / "456").read_bytes()
+    assert not (out / "tokenizer.json").is_symlink()
+    (tmp_path / "secret").touch()
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"vocab.txt is a link out of its folder"):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "b", source=snapshot)
+
 
 # Reading: hostile folders --------------------------------------------------------------------------------------------
 
@@ -262,7 +350,18 @@ def test_scales_of_no_finite_weight(folder, byte, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "x.bin", "", 3, None]
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "x.bin",
+        "",
+        3,
+        None,
+        f"{'x' * 300}.safetensors",
+    ],
 )
 def test_an_index_that_leaves_the_folder(folder, name):
     (folder.parent / "outside.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
