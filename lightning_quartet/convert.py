@@ -232,9 +232,13 @@ def layer_names(root: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module with all its names (a shared module has several), without the components that wrappers add."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        clean = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        names.setdefault(module, []).append(clean)
+        names.setdefault(module, []).append(without_wrappers(name))
     return names
+
+
+def without_wrappers(name: str) -> str:
+    """A name without the components that ``torch.compile``, activation checkpointing and FSDP add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -16,8 +16,13 @@ def write_auto_round(exported: ExportedModel, folder: Path, shard_bytes: int) ->
 
     Raises:
         ValueError: If the model is rotated and a linear layer other than ``lm_head`` is not in MXFP4, or ``lm_head``
-            is: auto-round rotates the inputs of every linear layer but that one.
+            is: auto-round rotates the inputs of every linear layer but that one. If it has fused experts.
     """
+    if exported.experts:
+        raise ValueError(
+            f"Format 'auto-round' cannot keep the fused experts {exported.experts[0]} out of MXFP4, and transformers "
+            "would compute NaN; choose another format."
+        )
     odd = [name for name in exported.kept if "lm_head" not in name] + [n for n in exported.layers if "lm_head" in n]
     if exported.rotated and odd:
         raise ValueError(

@@ -41,7 +41,7 @@ def write_config(exported: ExportedModel, folder: Path, quantization_config: dic
     values = config.to_dict()
     # A config.json that names code to load would need that code beside it.
     values.pop("auto_map", None)
-    values["architectures"] = [type(exported.model).__name__]
+    values["architectures"] = [exported.architecture]
     if exported.dtype is not None:
         values["dtype"] = str(exported.dtype).removeprefix("torch.")
     elif not isinstance(values.get("dtype"), str):

@@ -127,7 +127,7 @@ FORMATS: dict[str, Format] = {
         load=_AUTO.replace("{more}", ', gguf_file="model.gguf"'),
         notes=(
             "llama.cpp quantises activations to 8 bits; transformers dequantises the whole model.",
-            "The file has a tokenizer only where that is byte-level BPE.",
+            "The file has a tokenizer only where that is byte-level BPE that splits texts as GPT-2, SmolLM or Llama 3.",
         ),
     ),
     "torchao": Format(

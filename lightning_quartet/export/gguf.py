@@ -1,6 +1,5 @@
 """``gguf``: a llama.cpp file with MXFP4 weights (type 39), for Llama models; llama.cpp rotates nothing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,25 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_SPLITS: dict[tuple[str | None, ...], str] = {
+    ("bytes, split",): "gpt-2",
+    ("Digits True", "bytes, split"): "smollm",
+    (_LLAMA_3, "bytes"): "llama-bpe",
+}
 _CONTROL, _NORMAL = 3, 1  # token types
 
 
 def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
-    """One file, `FILE`; tokenizer and config.json lie beside it, for ``from_pretrained(dir, gguf_file=...)``."""
+    """One file, `FILE`; tokenizer and config.json lie beside it, for ``from_pretrained(dir, gguf_file=...)``.
+
+    Raises:
+        ValueError: If the model is none that the format's names and its runtimes' formulas are for, or a file of its
+            tokenizer is damaged.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config = exported.model.config
@@ -42,8 +55,15 @@ def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
             f"Format 'gguf' writes Llama models without rope scaling; this is {config.model_type!r} with "
             f"rope_type={rope.get('rope_type')!r}: choose another format."
         )
+    if config.hidden_act != "silu":
+        raise ValueError(
+            f"Format 'gguf' writes Llama models with hidden_act='silu', which runtimes take for granted; this one has "
+            f"{config.hidden_act!r}: choose another format."
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    write_config(exported, folder, None)
+    copy_tokenizer(exported.source, folder)
     writer = GGUFWriter(folder / FILE, "llama")
     writer.add_name(str(getattr(config, "name_or_path", "") or "quartet").rstrip("/").rpartition("/")[2])
     writer.add_context_length(config.max_position_embeddings)
@@ -75,7 +95,7 @@ def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
         add(f"{name}.weight", blocks(exported.packed(name)), "MXFP4")
         bias = exported.layers[name].bias
         if bias is not None:
-            add(f"{name}.bias", bias.detach().float().cpu(), "F32")
+            add(f"{name}.bias", exported.cast(f"{name}.bias", bias).float(), "F32")
     for key, tensor in exported.other_tensors():
         if tensor.dim() == 1:
             add(key, tensor.float(), "F32")
@@ -85,8 +105,6 @@ def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    write_config(exported, folder, None)
-    copy_tokenizer(exported.source, folder)
 
 
 def blocks(packed: MXFP4Tensor) -> Tensor:
@@ -114,20 +132,37 @@ def _interleave(rows: Tensor, heads: int) -> Tensor:
 def _add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: Any) -> None:
     """A byte-level BPE tokenizer; of other kinds llama.cpp needs data that tokenizer.json does not have."""
     model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(tokenizer.get("pre_tokenizer")):
+    split = _pre_tokenizer(tokenizer.get("pre_tokenizer"))
+    if model.get("type") != "BPE" or split is None:
         return
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ValueError("tokenizer.json has no vocab or no merges; repair it or leave it out of the folder.")
     tokens = {number: text for text, number in model["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in tokenizer.get("added_tokens") or []}
     tokens |= special
     texts = [tokens.get(number, f"[PAD{number}]") for number in range(config.vocab_size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_tokenizer_model("gpt2")
-    digits = "Digits" in json.dumps(tokenizer["pre_tokenizer"])
-    writer.add_tokenizer_pre("smollm" if digits else "gpt-2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(texts)
     writer.add_token_types([_CONTROL if number in special else _NORMAL for number in range(len(texts))])
     writer.add_token_merges(merges)
     for token, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
         number = getattr(config, f"{token}_token_id", None)
+        number = number[0] if isinstance(number, list) and number else number  # the file has room for one
         if isinstance(number, int):
             add(number)
+
+
+def _pre_tokenizer(steps: Any) -> str | None:
+    """What llama.cpp calls the way in which texts are split before BPE; ``None`` where it is none of these."""
+    steps = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
+    described: list[str | None] = []
+    for step in steps:
+        if step.get("type") == "Split":
+            described.append((step.get("pattern") or {}).get("Regex"))
+        elif step.get("type") == "ByteLevel":
+            described.append("bytes, split" if step.get("use_regex", True) else "bytes")
+        else:
+            described.append(f"{step.get('type')} {step.get('individual_digits', '')}")
+    return _SPLITS.get(tuple(described))

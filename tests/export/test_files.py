@@ -13,8 +13,9 @@ from models import bert, llama, tokenizer, tokens
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from lightning_quartet import QuartetConfig, convert_to_quartet
+from lightning_quartet import QuartetConfig, convert_to_quartet, pack_quartet
 from lightning_quartet.export import FORMATS, export_quartet, from_pretrained_quartet
 from lightning_quartet.export.files import INDEX, MARKER, WEIGHTS
 from lightning_quartet.export.gguf import FILE
@@ -169,11 +170,16 @@ def test_what_is_no_model_to_export(tmp_path):
     import peft
 
     out = tmp_path / "a"
+    ia3 = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     for model, kind, message in (
         (nn.Linear(32, 32), TypeError, "no Hugging Face model"),
         ([], TypeError, "not list"),
         (llama(), ValueError, "no QuartetLinear layers; convert it"),
         (peft.get_peft_model(llama(CONFIG), peft.LoraConfig(target_modules="all-linear")), ValueError, "LoRA"),
+        (adapted(peft.IA3Config(**ia3)), ValueError, "adapters of peft"),
+        (adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), ValueError, "adapters of peft"),
+        (adapted(peft.IA3Config(**ia3)).base_model.model, ValueError, r"has model.*base_layer.*, which a new one"),
+        (adapted(peft.LNTuningConfig(target_modules=["norm"])).base_model.model, ValueError, "which a new one has"),
     ):
         with pytest.raises(kind, match=message):
             export_quartet(model, "dense", out)
@@ -190,7 +196,72 @@ def test_what_is_no_model_to_export(tmp_path):
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj holds NaN or infinity"):
         export_quartet(model, "quartet", out)
+    model = llama(CONFIG, bias=True)
+    model.model.norm.weight.data[3] = 1e30
+    with pytest.raises(ValueError, match=r"norm.weight holds NaN or infinity as torch.float16"):
+        export_quartet(model, "dense", out, dtype=torch.float16)
+    model.model.layers[0].self_attn.q_proj.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"q_proj.bias holds NaN or infinity"):
+        export_quartet(model, "quartet", out)
+    model = llama(CONFIG)
+    model.model.layers[1].mlp.up_proj.quartet_enabled = False
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj computes in high precision"):
+        export_quartet(model, "quartet", out)
+    model = llama(CONFIG)
+    torch.nn.utils.prune.l1_unstructured(model.lm_head, "weight", 0.3)
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        export_quartet(model, "quartet", out)
     assert not list(tmp_path.iterdir())
+
+
+def adapted(config) -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(llama(CONFIG), config)
+
+
+def test_a_sharded_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.Parameter, "full_tensor", None, raising=False)
+    with pytest.raises(ValueError, match="a consolidated checkpoint"):
+        export_quartet(llama(CONFIG), "quartet", tmp_path / "a")
+
+
+def test_wrappers_and_shared_weights_come_out_as_the_class_names_them(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    compiled, wrapped, twice, tied, stored = (llama(CONFIG) for _ in range(5))
+    compiled.model.layers[1] = torch.compile(compiled.model.layers[1], backend="eager")
+    wrapped.model.layers[0] = checkpoint_wrapper(wrapped.model.layers[0])
+    twice.model.layers[1] = twice.model.layers[0]
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    stored.lm_head.weight = nn.Parameter(stored.model.embed_tokens.weight.data)
+    for i, model in enumerate((compiled, wrapped, twice, tied, stored)):
+        for format in ("quartet", "dense"):
+            out = export_quartet(model, format, tmp_path / f"{format}{i}", dtype=torch.float32)
+            assert load_file(out / WEIGHTS).keys() == expected_keys(format)
+        loaded = from_pretrained_quartet(tmp_path / f"quartet{i}")
+        # One layer in two places would share one place of the cache.
+        assert torch.equal(loaded(tokens(), use_cache=False).logits, model(tokens(), use_cache=False).logits)
+
+
+def expected_keys(format: str) -> set[str]:
+    model = llama(CONFIG)
+    if format == "quartet":
+        pack_quartet(model)
+    return model.state_dict().keys()
+
+
+def test_a_subclass_is_written_as_the_class_that_transformers_has(tmp_path):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model = llama(CONFIG)
+    model.__class__ = Mine
+    out = export_quartet(model, "quartet", tmp_path / "a")
+    assert type(from_pretrained_quartet(out)) is LlamaForCausalLM
+    model.score = nn.Linear(64, 2)
+    with pytest.raises(ValueError, match="has score.bias, which a new one has not"):
+        export_quartet(model, "quartet", tmp_path / "b")
 
 
 def test_arguments_are_checked(tmp_path):
@@ -496,6 +567,16 @@ def test_gguf_refuses_other_models(tmp_path):
     identity = QuartetConfig(transform_init="identity")
     with pytest.raises(ValueError, match="this is 'bert'"):
         export_quartet(bert(identity), "gguf", tmp_path / "a")
-    assert not list(tmp_path.iterdir())
+    gelu = llama(identity)
+    gelu.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match="this one has 'gelu'"):
+        export_quartet(gelu, "gguf", tmp_path / "a")
+    tokenizer(tmp_path / "source")
+    for pre_tokenizer in ({"type": "ByteLevel"}, {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}):
+        broken = json.dumps({"model": {"type": "BPE"}, "pre_tokenizer": pre_tokenizer})
+        (tmp_path / "source" / "tokenizer.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"tokenizer.json has no vocab"):
+            export_quartet(llama(identity), "gguf", tmp_path / "a", source=tmp_path / "source")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert FILE in {path.name for path in export_quartet(llama(identity), "gguf", tmp_path / "a").iterdir()}
     assert set(FORMATS) >= {"gguf"}

@@ -8,10 +8,13 @@ import pytest
 import torch
 from models import bert, llama, tokenizer, tokens
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_quartet import QuartetConfig, QuartetLinear, convert_to_quartet, pack_quartet, revert_from_quartet
 from lightning_quartet.export import FORMATS, export_quartet, from_pretrained_quartet
+from lightning_quartet.export.gguf import _LLAMA_3
 from quartet_kernels.reference import rotate, round_nearest
 from quartet_kernels.rotation import rotation_matrix
 
@@ -237,6 +240,30 @@ def test_auto_round_refuses_layers_that_it_would_rotate_or_not_otherwise_than_th
     assert not list(tmp_path.iterdir())
 
 
+def test_auto_round_refuses_fused_experts_and_other_cards_name_them(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    ).eval()
+    convert_to_quartet(model, config=IDENTITY)
+    with pytest.raises(ValueError, match=r"cannot keep the fused experts model.layers.0.mlp.experts"):
+        export_quartet(model, "auto-round", tmp_path / "a")
+    assert "`model.layers.0.mlp.experts.gate_up_proj`" in card(export_quartet(model, "dense", tmp_path / "b"))
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_cards_contradict_neither_themselves_nor_the_model(tmp_path):
+    text = card(export_quartet(llama(QuartetConfig()), "fp_quant", tmp_path / "a"))
+    assert "by QuEST with `std` and `floor`, otherwise than in training" in text
+    assert "quantised as in training" not in text
+    assert "quantised as in training" in card(export_quartet(llama(FP_QUANT), "fp_quant", tmp_path / "b"))
+    assert "inputs were rotated and quantised" in card(export_quartet(llama(QuartetConfig()), "dense", tmp_path / "c"))
+    assert "inputs were quantised" in card(export_quartet(llama(IDENTITY), "dense", tmp_path / "d"))
+
+
 # gguf, torchao -------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +283,7 @@ def check_gguf(tmp_path: Path, model: nn.Module, tied: bool, bias: bool = False)
     values = gguf.quants.dequantize(tensors["blk.1.ffn_down.weight"].data, gguf.GGMLQuantizationType.MXFP4)
     assert torch.equal(torch.from_numpy(values), layer.dequantized_weight())
     assert ("output.weight" in tensors) != tied
+    assert ("transformers' GGUF reader drops" in card(tmp_path / "a")) == bias
 
     loaded = type(model).from_pretrained(tmp_path / "a", gguf_file="model.gguf", dtype=torch.float32)
     expected = weights_only(model)
@@ -264,6 +292,33 @@ def check_gguf(tmp_path: Path, model: nn.Module, tied: bool, bias: bool = False)
             assert torch.equal(loaded.state_dict()[name], tensor), name
     if not bias:
         assert torch.equal(outputs(loaded), outputs(expected))
+
+
+@pytest.mark.parametrize(
+    ("steps", "split"),
+    [
+        ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+        ([pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)], "llama-bpe"),
+        ([pre_tokenizers.Split(Regex(r"\s+"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)], None),
+        ([pre_tokenizers.Whitespace()], None),
+    ],
+)
+def test_gguf_says_how_its_tokenizer_splits_or_has_none(tmp_path, steps, split):
+    gguf = pytest.importorskip("gguf")
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    (tmp_path / "source").mkdir()
+    backend.save(str(tmp_path / "source" / "tokenizer.json"))
+    model = llama(IDENTITY)
+    model.config.eos_token_id = [2, 7]
+    export_quartet(model, "gguf", tmp_path / "a", source=tmp_path / "source")
+    fields = gguf.GGUFReader(tmp_path / "a" / "model.gguf").fields
+    if split is None:
+        assert not [name for name in fields if name.startswith("tokenizer")]
+    else:
+        assert fields["tokenizer.ggml.pre"].contents() == split
+        assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
 
 
 @pytest.mark.parametrize("make", [llama, bert])
