@@ -1,8 +1,9 @@
 """convert_to_quartet: the one place where ``nn.Linear`` layers become QuartetLinear, and the way back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -234,6 +235,15 @@ def layer_names(root: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in root.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(without_wrappers(name))
     return names
+
+
+def converted_before(root: nn.Module, layers: Collection[nn.Module]) -> list[dict[str, Any]]:
+    """What a checkpoint must say of layers that others converted: names by config, as plain values."""
+    groups: dict[QuartetConfig, list[str]] = {}
+    for module, names in layer_names(root).items():
+        if module in layers and isinstance(module, QuartetLinear):
+            groups.setdefault(module.quartet_config, []).append(names[0])
+    return [{"config": config.to_dict(), "layers": names} for config, names in groups.items()]
 
 
 def without_wrappers(name: str) -> str:

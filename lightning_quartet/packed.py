@@ -23,8 +23,8 @@ class PackedQuartetLinear(QuartetLinear):
     the *rotated* weight, and ``bias`` where there is one. Loading a state dict with ``weight`` packs that weight.
 
     Attributes:
-        weight: The codes, as in other 4-bit layers, for code that asks for a weight's device; see
-            `dequantized_weight` for the matrix.
+        weight: The codes as int8, as in other quantised layers, for code that asks for a weight's device or dtype
+            (T5 casts its activations to that of any weight that is not int8); see `dequantized_weight` for the matrix.
     """
 
     weight_codes: nn.Parameter
@@ -33,7 +33,7 @@ class PackedQuartetLinear(QuartetLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.weight_codes
+        return self.weight_codes.view(torch.int8)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype or autocast's."""

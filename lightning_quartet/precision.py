@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_quartet.convert import convert_to_quartet, resolve_config, resolve_patterns
-from lightning_quartet.linear import set_quartet_step
+from lightning_quartet.convert import convert_to_quartet, converted_before, resolve_config, resolve_patterns
+from lightning_quartet.linear import QuartetLinear, set_quartet_step
 from quartet_kernels import QuartetConfig
 
 PrecisionName = Literal["bf16-mixed", "bf16-true", "32-true", "16-mixed"]
@@ -70,6 +70,7 @@ class QuartetPrecision(Precision):
         self._models = nn.ModuleList()
         self._step, self._micro_batch = 0, -1  # -1: no forward since the last optimizer step
         self._inside = False  # a forward context
+        self._trained: dict[str, Any] = {}  # for checkpoints: how the layers compute
 
     @property
     def scaler(self) -> "torch.amp.GradScaler | None":
@@ -90,11 +91,17 @@ class QuartetPrecision(Precision):
         in_trainer = trainer is not None and trainer.strategy.precision_plugin is self
         self._plain = self._trainer_plugin if in_trainer else self._fabric_plugin
         if not self._callback_converts:
+            before = {layer for layer in module.modules() if isinstance(layer, QuartetLinear)}
             report = convert_to_quartet(module, config=self.config, modules_to_not_convert=self.modules_to_not_convert)
             if report.converted:
                 rank_zero_info(str(report))
             if not any(module is model for model in self._models):
                 self._models.append(module)
+            self._trained = {
+                "config": report.config.to_dict(),
+                "modules_to_not_convert": self.modules_to_not_convert and [*self.modules_to_not_convert],
+                "converted_before": converted_before(module, before),
+            }
         return self._plain.convert_module(module)
 
     @override
@@ -128,12 +135,13 @@ class QuartetPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The plain plugin's state (its scaler's), the step and the micro-batch."""
-        return {"plain": self._plain.state_dict(), "step": self._step, "micro_batch": self._micro_batch}
+        """The plain plugin's state (its scaler's), the step and the micro-batch, and how the layers compute."""
+        steps = {"step": self._step, "micro_batch": self._micro_batch}
+        return {"plain": self._plain.state_dict(), **steps, **self._trained}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`; how the layers compute is this plugin's."""
         self._plain.load_state_dict(state_dict["plain"])
         self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
 

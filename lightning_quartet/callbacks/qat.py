@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quartet.convert import convert, resolve_config, resolve_patterns, revert
+from lightning_quartet.convert import convert, converted_before, resolve_config, resolve_patterns, revert
 from lightning_quartet.linear import QuartetLinear, set_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear
 from lightning_quartet.precision import QuartetPrecision
@@ -92,6 +92,7 @@ class QuartetQAT(Callback):
         self._step: int | None = None  # of the last batch
         self._micro_batch = 0
         self._converted: list[nn.Module] = []
+        self._converted_before: list[dict[str, Any]] = []  # for checkpoints: layers that others converted
         self._undo: list[Callable[[], None]] = []
 
     # Set-up and its undoing ------------------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ class QuartetQAT(Callback):
         self._converted += [
             layer for layer in module.modules() if isinstance(layer, QuartetLinear) and layer not in before
         ]
+        self._converted_before = converted_before(module, before.difference(self._converted))
         for layer in before:
             if layer not in self._converted and layer.quartet_config != self.config:
                 rank_zero_warn(
@@ -326,6 +328,9 @@ class QuartetQAT(Callback):
             "version": _STATE_VERSION,
             "config": self.config.to_dict(),
             "modules_to_not_convert": None if self.modules_to_not_convert is None else [*self.modules_to_not_convert],
+            "converted_before": self._converted_before,
+            "start_step": self.start_step,
+            "end_step": self.end_step,
             "step": self._step,
             "micro_batch": self._micro_batch,
         }

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quartet.convert import convert
+from lightning_quartet.convert import convert, layer_names, matches, without_wrappers
 from lightning_quartet.export.api import export_quartet
 from lightning_quartet.export.formats import FORMATS
-from lightning_quartet.export.reading import build_model, read_config
+from lightning_quartet.export.reading import build_model, read_config, read_generation_config
 from quartet_kernels import QuartetConfig
 from quartet_kernels.config import RECIPES
 
@@ -104,36 +104,67 @@ def load_checkpoint(
 
     Args:
         ckpt: A checkpoint of the Trainer (read with ``weights_only=True``: no code in it is run) or safetensors.
-        model_folder: A Hugging Face folder; only its config.json is read.
+        model_folder: A Hugging Face folder; only its config.json and generation_config.json are read.
         prefix: What stands before the model's keys in the checkpoint; ``None`` finds it.
-        recipe: Name of the numerics of a checkpoint without QuartetQAT's state.
+        recipe: Name of the numerics of a checkpoint without the state of QuartetQAT or QuartetPrecision.
         modules_to_not_convert: As in the training, for such a checkpoint.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the checkpoint cannot be read, does not fit the model, or does not say its numerics.
+        ValueError: If the checkpoint cannot be read, does not fit the model, does not say its numerics, or was not
+            trained in MXFP4 to the end.
     """
     content = _read(ckpt)
-    saved = _callback_state(content)
-    if saved is None:
-        if recipe is None:
-            raise ValueError(f"{ckpt} does not say how it was trained (it has no QuartetQAT state); pass --recipe.")
-        config = QuartetConfig.from_recipe(recipe)
-        patterns = modules_to_not_convert
-    else:
-        if recipe is not None or modules_to_not_convert is not None:
-            raise ValueError(f"{ckpt} says itself how it was trained; leave out --recipe and --modules-to-not-convert.")
-        config = QuartetConfig.from_dict({**saved["config"], "backend": "auto"})
-        patterns = saved.get("modules_to_not_convert")
-
-    state = {key: value for key, value in content["state_dict"].items() if isinstance(value, Tensor)}
-    model = build_model(read_config(model_folder), model_folder)
-    prefix = _find_prefix(state, model, ckpt) if prefix is None else prefix
+    saved = _saved_state(content, ckpt, recipe, modules_to_not_convert)
+    state = {
+        without_wrappers(key): value
+        for key, value in content["state_dict"].items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    adapter = next((key for key in state if ".lora_" in key or ".base_layer." in key), None)
+    if adapter is not None:
+        raise ValueError(
+            f"{ckpt} has LoRA or other adapters ({adapter}), which no format of 4-bit weights holds; save them with "
+            "peft's save_pretrained and export a checkpoint of the base model."
+        )
+    model = build_model(read_config(model_folder), model_folder, len(state))
+    read_generation_config(model, model_folder)
+    if prefix is None:
+        prefix = _find_prefix(state, model, ckpt)
+        _check_head(state, model, prefix, ckpt)
+    elif prefix and not prefix.endswith("."):
+        prefix += "."
     # Packed layers are in the file as codes; patterns are matched against the names that the training saw.
     packed = any(key.endswith(".weight_codes") for key in state)
-    config = QuartetConfig.from_dict({**config.to_dict(), "store_master_weights": not packed})
-    convert(_under(prefix, model), config, patterns)
+    trained = _under(prefix, model)
+    for layers in saved["converted_before"]:
+        _convert(trained, layers["config"], packed, [], set(layers["layers"]))
+    patterns = saved["modules_to_not_convert"]
+    if recipe is None and patterns is not None:  # the training has checked them; some may name what is not exported
+        names = [name for aliases in layer_names(trained).values() for name in aliases]
+        patterns = [pattern for pattern in patterns if any(matches(name, pattern) for name in names)]
+    _convert(trained, saved["config"], packed, patterns)
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    _load(model, part, prefix, ckpt, model_folder)
+    left = [key for key in state if not key.startswith(prefix)]
+    if left:
+        sys.stderr.write(f"lightning-quartet export: left out {len(left)} tensors outside {prefix!r}: {left[0]}...\n")
+    return model.eval()
+
+
+def _convert(
+    model: nn.Module, options: dict[str, Any], packed: bool, patterns: Any, layers: set[str] | None = None
+) -> None:
+    config = QuartetConfig.from_dict({**options, "backend": "auto", "store_master_weights": not packed})
+    convert(
+        model, config, patterns, None if layers is None else lambda _, name: name in layers, complete=layers is None
+    )
+
+
+def _load(model: Any, part: dict[str, Tensor], prefix: str, ckpt: Path, model_folder: Path) -> None:
+    for key, own in model.state_dict().items():  # copying would cast these silently
+        if key in part and own.is_floating_point() and not part[key].is_floating_point():
+            raise ValueError(f"{key} of {ckpt} is {part[key].dtype}; it must be a floating-point tensor.")
     try:
         missing, unexpected = model.load_state_dict(part, strict=False)
     except RuntimeError as error:
@@ -143,7 +174,6 @@ def load_checkpoint(
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model does not"
         raise ValueError(f"{ckpt} does not fit {model_folder / 'config.json'} under the prefix {prefix!r}: it {what}.")
-    return model.eval()
 
 
 def _read(ckpt: Path) -> dict[str, Any]:
@@ -173,13 +203,37 @@ def _read(ckpt: Path) -> dict[str, Any]:
     return content
 
 
-def _callback_state(content: dict[str, Any]) -> dict[str, Any] | None:
-    """QuartetQAT's state in a checkpoint."""
+def _saved_state(
+    content: dict[str, Any], ckpt: Path, recipe: str | None, patterns: Sequence[str] | None
+) -> dict[str, Any]:
+    """How a checkpoint was trained: ``config``, ``modules_to_not_convert``, ``converted_before``."""
     callbacks = content.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and isinstance(state.get("config"), dict) and "forward_method" in state["config"]:
-            return state
-    return None
+    states = [*(callbacks.values() if isinstance(callbacks, dict) else ()), content.get("QuartetPrecision")]
+    for saved in states:
+        if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+            continue
+        if "forward_method" not in saved["config"]:
+            continue
+        if recipe is not None or patterns is not None:
+            raise ValueError(f"{ckpt} says itself how it was trained; leave out --recipe and --modules-to-not-convert.")
+        _check_phase(saved, content.get("global_step"), ckpt)
+        return {"modules_to_not_convert": None, "converted_before": [], **saved}
+    if recipe is None:
+        raise ValueError(
+            f"{ckpt} does not say how it was trained (no state of QuartetQAT or QuartetPrecision); pass --recipe."
+        )
+    config = QuartetConfig.from_recipe(recipe).to_dict()
+    return {"config": config, "modules_to_not_convert": patterns, "converted_before": []}
+
+
+def _check_phase(saved: dict[str, Any], steps: Any, ckpt: Path) -> None:
+    start, end = saved.get("start_step", 0), saved.get("end_step")
+    last = steps - 1 if isinstance(steps, int) and steps > 0 else saved.get("step") or 0
+    if last < start or (end is not None and last >= end):
+        raise ValueError(
+            f"{ckpt} ends with step {last}, which trained in high precision (start_step={start}, end_step={end}), so "
+            "its weights are not for MXFP4; export a checkpoint whose last step was in MXFP4."
+        )
 
 
 def _find_prefix(state: dict[str, Tensor], model: nn.Module, ckpt: Path) -> str:
@@ -196,6 +250,21 @@ def _find_prefix(state: dict[str, Tensor], model: nn.Module, ckpt: Path) -> str:
             "--prefix, or the --model that was trained."
         )
     return found[0]
+
+
+def _check_head(state: dict[str, Tensor], model: Any, prefix: str, ckpt: Path) -> None:
+    """Refuse to leave out silently what a larger class of transformers has around the same base model."""
+    base = f"{model.base_model_prefix}."
+    if model.base_model is not model or base == "." or not f".{prefix}".endswith(f".{base}"):
+        return
+    outer = prefix.removesuffix(base)
+    head = next((key for key in state if key.startswith(outer) and not key.startswith(prefix)), None)
+    if head is not None:
+        raise ValueError(
+            f"{ckpt} has {head}, a head that {type(model).__name__} does not have; pass as --model a folder whose "
+            "config.json names the class that was trained, as model.save_pretrained writes it (or leave the head out "
+            f"with --prefix {prefix})."
+        )
 
 
 def _under(prefix: str, model: nn.Module) -> nn.Module:

@@ -16,6 +16,8 @@ from quartet_kernels import QuartetConfig
 from quartet_kernels.mxfp4 import NAN_SCALE
 
 _MAX_SCALE = 252
+_LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+_MOST_LABELS = 10**6
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -57,17 +59,22 @@ def from_pretrained_quartet(
         config = QuartetConfig.from_dict({**options, "backend": backend})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    model = build_model(values, folder, "meta")
+    model = build_model(values, folder, len(files.shapes), "meta")
     _convert(model, folder, config, modules)
     reader = _Reader(files, config, method)
     wanted = _check(model, files, reader)
     # The files hold all of this model and nothing else; only now is memory of its size taken.
     buffers = _buffers(model, values, folder)
-    model.load_state_dict({key: reader.read(key) for key in wanted}, strict=False, assign=True)
+    state = {key: reader.read(key) for key in wanted}
+    for key in {name for name, _ in model.named_parameters()} & state.keys():  # buffers may be infinite: masks
+        if not state[key].isfinite().all():
+            raise ValueError(f"{reader.name(key)} holds NaN or infinity; the model diverged or the file is damaged.")
+    model.load_state_dict(state, strict=False, assign=True)
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer)
     model.tie_weights()
+    read_generation_config(model, folder)
     return model.to(device).eval()
 
 
@@ -116,11 +123,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def build_model(values: dict[str, Any], folder: Path, device: str = "cpu") -> Any:
-    """The model that a config.json describes, its weights not initialised; only classes of transformers are made."""
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the generation_config.json of a folder, where there is one.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not model.can_generate() or not path.is_file():
+        return
+    values = read_json(path)
+    try:
+        model.generation_config = GenerationConfig.from_dict(values)
+    except Exception as error:
+        raise ValueError(f"{path} is no valid generation config ({type(error).__name__}).") from None
+
+
+def build_model(values: dict[str, Any], folder: Path, tensors: int, device: str = "cpu") -> Any:
+    """The model that a config.json describes, its weights not initialised; only classes of transformers are made.
+
+    Args:
+        values: Of config.json.
+        folder: Where it lies, for errors.
+        tensors: How many there are to fill the model with; one with more layers is not made.
+        device: Where to make it.
+
+    Raises:
+        ValueError: If transformers has no such model, or the config is not valid or not of these tensors.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
+    _check_sizes(values, folder, tensors)
     architectures = values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     kind = None
@@ -137,15 +173,25 @@ def build_model(values: dict[str, Any], folder: Path, device: str = "cpu") -> An
         raise ValueError(f"{folder / 'config.json'} is no valid {name}: {type(error).__name__} {reason}") from None
 
 
+def _check_sizes(values: dict[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse numbers for which modules or labels would fill the memory."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_sizes(value, folder, tensors)
+        most = tensors if _LAYERS.fullmatch(str(key)) else _MOST_LABELS if key == "num_labels" else None
+        if most is not None and isinstance(value, int) and value > most:
+            raise ValueError(f"{folder / 'config.json'} has {key}={value}; with {tensors} tensors at most {most} fit.")
+
+
 def _convert(model: Any, folder: Path, config: QuartetConfig, modules: list[str]) -> None:
     """Give exactly these layers their class."""
     wanted = set(modules)
-    linears = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {key for key, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)}
     if not wanted or not wanted <= linears:
         odd = min(wanted - linears, default=None)
         raise ValueError(f"{folder} has 4-bit weights of {odd!r}, which is no linear layer of {type(model).__name__}.")
     convert(model, config, [], lambda _, key: key in wanted)
-    done = {key for key, module in model.named_modules() if isinstance(module, QuartetLinear)}
+    done = {key for key, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuartetLinear)}
     if done != wanted:
         raise ValueError(f"The sizes of {min(wanted - done)} do not fit {config}.")
 
@@ -225,6 +271,9 @@ def _check(model: Any, files: TensorFiles, reader: _Reader) -> list[str]:
             reader.check(key, tuple(state[key].shape), packed)
         elif reader.name(key) not in files:
             raise ValueError(f"{key} is missing from the safetensors files; the folder is not complete.")
+    floats = {files.dtypes[reader.name(key)] for key in wanted if state[key].is_floating_point()}
+    if "F64" in floats and len(floats) > 1:
+        raise ValueError(f"The files hold F64 beside {min(floats - {'F64'})}; save all floats in one dtype.")
     if reader.method == "fp_quant":
         reader.check_fp_quant(layers)
     unexpected = set(files) - reader.used - set(wanted) - set(tied)
@@ -239,5 +288,5 @@ def _buffers(model: Any, values: dict[str, Any], folder: Path) -> dict[str, Tens
     missing = [name for name, _ in model.named_buffers() if name not in saved]
     if not missing:
         return {}
-    twin = build_model(values, folder)
+    twin = build_model(values, folder, len(saved))
     return {name: twin.get_buffer(name).clone() for name in missing}

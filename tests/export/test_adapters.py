@@ -9,8 +9,9 @@ import torch
 from models import llama, tokens
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import T5Config, T5ForConditionalGeneration
 
-from lightning_quartet import PackedQuartetLinear, QuartetConfig, QuartetQAT, pack_quartet
+from lightning_quartet import PackedQuartetLinear, QuartetConfig, QuartetQAT, convert_to_quartet, pack_quartet
 
 PACKED = QuartetConfig(store_master_weights=False)
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
@@ -78,3 +79,13 @@ def test_generation_with_cache_equals_generation_without():
         out = model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=use_cache, eos_token_id=None)
         assert torch.equal(out, expected)
     assert len(set(expected[:, 5:].flatten().tolist())) > 4
+
+
+def test_a_packed_t5_runs_though_it_asks_for_the_dtype_of_a_weight():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config).eval()
+    convert_to_quartet(model)
+    expected = model(input_ids=tokens(), decoder_input_ids=tokens()).logits
+    pack_quartet(model)
+    assert torch.equal(model(input_ids=tokens(), decoder_input_ids=tokens()).logits, expected)

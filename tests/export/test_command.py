@@ -1,20 +1,23 @@
 """``lightning-quartet export`` on checkpoints that Trainers write."""
 
+import json
 import signal
 from pathlib import Path
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
-from models import llama, tokenizer, tokens
+from models import bert, llama, tokenizer, tokens
 from safetensors.torch import save_file
 from test_files import Bomb
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_quartet import QuartetConfig, QuartetLinear, QuartetQAT
+from lightning_quartet import QuartetConfig, QuartetLinear, QuartetPrecision, QuartetQAT, convert_to_quartet
 from lightning_quartet.cli import main
 from lightning_quartet.export import from_pretrained_quartet
+from lightning_quartet.recipes import TextClassifier
 
 
 class Module(pl.LightningModule):
@@ -34,12 +37,18 @@ class Module(pl.LightningModule):
 
 
 def train(
-    path: Path, callback: QuartetQAT, weights_only: bool = False, average: bool = False
+    path: Path,
+    callback: QuartetQAT | None,
+    weights_only: bool = False,
+    average: bool = False,
+    module: pl.LightningModule | None = None,
+    **options,
 ) -> tuple[Path, Tensor, nn.Module]:
     """A checkpoint, and the logits of the trained model."""
+    callbacks = [] if callback is None else [callback]
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="cpu", max_steps=2, callbacks=[callback], **quiet)
-    module = Module(average)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, callbacks=callbacks, **quiet, **options)
+    module = module or Module(average)
     trainer.fit(module, DataLoader(tokens(4), batch_size=2))
     trainer.save_checkpoint(path, weights_only=weights_only)
     model = module.net["lm"].eval()
@@ -165,6 +174,133 @@ def test_signals_end_it_without_a_trace(tmp_path, source, capsys, monkeypatch, n
     assert capsys.readouterr().err.count("\n") == (number == signal.SIGINT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "source"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def changed(ckpt: Path, **tensors: Tensor) -> Path:
+    """A checkpoint with these tensors in the state dict."""
+    content = torch.load(ckpt, weights_only=True)
+    content["state_dict"] |= tensors
+    torch.save(content, ckpt.parent / "changed.ckpt")
+    return ckpt.parent / "changed.ckpt"
+
+
+def test_tensors_that_would_be_cast_or_are_not_finite_are_refused(tmp_path, source, capsys):
+    ckpt, expected, trained = train(tmp_path / "a.ckpt", QuartetQAT())
+    weight, norm = trained.model.layers[0].mlp.up_proj.weight.detach(), trained.model.norm.weight.detach()
+    for dtype in (torch.int8, torch.bool, torch.complex64):
+        bad = changed(ckpt, **{"net.lm.model.layers.0.mlp.up_proj.weight": weight.to(dtype)})
+        assert export(bad, source, tmp_path / "out") == 1
+        assert f"up_proj.weight of {bad} is {dtype}; it must be" in capsys.readouterr().err
+    bad = changed(ckpt, **{"net.lm.model.norm.weight": norm * torch.nan})
+    assert export(bad, source, tmp_path / "out") == 1
+    assert "model.norm.weight holds NaN" in capsys.readouterr().err
+    content = torch.load(ckpt, weights_only=True)
+    content["state_dict"][1] = torch.ones(1)
+    torch.save(content, ckpt)
+    assert export(ckpt, source, tmp_path / "out", "--dtype", "float32") == 0
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+class WithHead(Module):
+    """A layer of its own beside the language model, which a pattern names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 32)
+
+
+def test_layers_beside_the_model_are_left_out_with_a_word(tmp_path, source, capsys):
+    callback = QuartetQAT(modules_to_not_convert=["lm_head", "head"])
+    ckpt, expected, _ = train(tmp_path / "a.ckpt", callback, module=WithHead())
+    for i, more in enumerate(((), ("--prefix", "net.lm."), ("--prefix", "net.lm"))):
+        assert export(ckpt, source, tmp_path / f"{i}", *more) == 0
+        assert "left out 2 tensors outside 'net.lm.': head." in capsys.readouterr().err
+        assert torch.equal(logits(tmp_path / f"{i}"), expected)
+
+
+def test_compiled_blocks_lose_the_components_of_their_names(tmp_path, source):
+    module = Module()
+    layers = module.net["lm"].model.layers
+    layers[1] = torch.compile(layers[1], backend="eager")
+    ckpt, expected, _ = train(tmp_path / "a.ckpt", QuartetQAT(), module=module)
+    assert export(ckpt, source, tmp_path / "out") == 0
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+def test_a_classifier_needs_the_folder_of_the_class_that_was_trained(tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    bert().save_pretrained(base)
+    classifier = TextClassifier(str(base), 3)
+    rows = [{"input_ids": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(tokens(4))]
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, callbacks=[QuartetQAT()], logger=False)
+    trainer.fit(classifier, DataLoader(rows, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert export(tmp_path / "a.ckpt", base, out) == 1
+    err = capsys.readouterr().err
+    assert "has model.classifier.weight, a head that BertModel does not have" in err
+    assert "--prefix model.bert." in err
+    assert export(tmp_path / "a.ckpt", base, tmp_path / "b", "--prefix", "model.bert.") == 0
+    assert "left out 2 tensors" in capsys.readouterr().err
+    classifier.model.save_pretrained(tmp_path / "whole")
+    assert export(tmp_path / "a.ckpt", tmp_path / "whole", out) == 0
+    loaded = from_pretrained_quartet(out)
+    assert type(loaded).__name__ == "BertForSequenceClassification"
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, classifier.eval()({"input_ids": tokens()}))
+
+
+def test_lora_is_named(tmp_path, source, capsys):
+    module = Module()
+    module.net["lm"] = peft.get_peft_model(module.net["lm"], peft.LoraConfig(target_modules="all-linear"))
+    ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT(), module=module)
+    assert export(ckpt, source, tmp_path / "out") == 1
+    assert "has LoRA or other adapters (net.lm.base_model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("phase", [{"end_step": 1}, {"start_step": 2}, {"end_step": 2}, {"start_step": 1}])
+def test_a_training_that_ended_in_high_precision_is_refused(tmp_path, source, capsys, phase):
+    ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT(**phase))
+    off = phase in ({"end_step": 1}, {"start_step": 2})
+    assert export(ckpt, source, tmp_path / "out") == off
+    assert ("ends with step 1, which trained in high precision" in capsys.readouterr().err) == off
+    content = torch.load(ckpt, weights_only=True)
+    for state in content["callbacks"].values():
+        for name in ("start_step", "end_step", "converted_before"):  # older checkpoints have none
+            state.pop(name, None)
+    torch.save(content, tmp_path / "old.ckpt")
+    assert export(tmp_path / "old.ckpt", source, tmp_path / "old") == 0
+
+
+def test_layers_converted_before_keep_their_numerics(tmp_path, source, capsys):
+    module, other = Module(), QuartetConfig(transform_init="identity")
+    convert_to_quartet(module, config=other)
+    ckpt, expected, _ = train(tmp_path / "a.ckpt", QuartetQAT(), module=module)
+    assert export(ckpt, source, tmp_path / "out") == 0
+    assert torch.equal(logits(tmp_path / "out"), expected)
+    mixed = Module()
+    convert_to_quartet(mixed, config=other, modules_to_not_convert=["lm_head", "mlp"])
+    ckpt, *_ = train(tmp_path / "b.ckpt", QuartetQAT(), module=mixed)
+    assert export(ckpt, source, tmp_path / "b") == 1
+    assert "2 different configs" in capsys.readouterr().err
+
+
+def test_the_precision_plugin_says_how_it_trained(tmp_path, source):
+    plugin = QuartetPrecision("32-true", QuartetConfig(statistic="std"), ["lm_head", "layers.0"])
+    ckpt, expected, _ = train(tmp_path / "a.ckpt", None, plugins=[plugin])
+    assert export(ckpt, source, tmp_path / "out", "--dtype", "float32") == 0
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+def test_the_generation_config_is_carried_over(tmp_path, source):
+    values = {"eos_token_id": [2, 7, 9], "do_sample": True, "temperature": 0.6, "max_new_tokens": 5}
+    (source / "generation_config.json").write_text(json.dumps(values))
+    ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT())
+    assert export(ckpt, source, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()).items() >= values.items()
+    assert from_pretrained_quartet(tmp_path / "out").generation_config.eos_token_id == [2, 7, 9]
+    (tmp_path / "out" / "generation_config.json").write_text('{"compile_config": 3}')
+    with pytest.raises(ValueError, match=r"generation_config.json is no valid generation config"):
+        from_pretrained_quartet(tmp_path / "out")
 
 
 def test_help_starts_without_building_the_training_command(capsys):

@@ -398,6 +398,15 @@ def test_wrong_dtype_of_a_norm(folder):
     refused(folder, "model.norm.weight has dtype I32")
 
 
+def test_a_norm_that_is_not_finite_or_has_a_dtype_of_its_own(folder):
+    norm = torch.ones(64)
+    change(folder, lambda t: t.update({"model.norm.weight": norm.double()}))
+    refused(folder, "hold F64 beside F32")
+    norm[3] = torch.nan
+    change(folder, lambda t: t.update({"model.norm.weight": norm}))
+    refused(folder, "model.norm.weight holds NaN or infinity")
+
+
 @pytest.mark.parametrize("name", ["codes", "scales", "norm"])
 def test_wrong_shapes(folder, name):
     key = {"codes": codes(folder), "scales": scales(folder), "norm": "model.norm.weight"}[name]
@@ -507,6 +516,14 @@ def test_sizes_that_do_not_fit_the_files(folder):
     refused(folder, "config.json is no valid LlamaForCausalLM")
     edit(folder, intermediate_size=100)
     refused(folder, "The sizes of model.layers.0.mlp.down_proj do not fit")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 4000), ("num_labels", 10**9)])
+def test_numbers_that_would_fill_the_memory(folder, key, value):
+    edit(folder, **{key: value})
+    refused(folder, f"has {key}={value}; with [0-9]+ tensors at most")
+    edit(folder, **{key: 2}, text_config={key: value})
+    refused(folder, f"has {key}={value}")
 
 
 def test_a_quantization_config_that_is_none_of_ours(folder):
