@@ -347,6 +347,7 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
         lambda: exported(activations="abs_max"),
     ],
     ("export_quartet", "FileExistsError"): [lambda: exported(out=os.path.dirname(write("there/file", "")))],
+    ("export_quartet", "OSError"): [lambda: exported(out=write("file", "") + "/out")],
     ("export_quartet", "ImportError"): [export_without_gguf],
     ("from_pretrained_quartet", "FileNotFoundError"): [lambda: export.from_pretrained_quartet("nowhere")],
     ("from_pretrained_quartet", "ValueError"): [damaged],

@@ -52,8 +52,10 @@ def export_quartet(
 
     Raises:
         TypeError: If the module holds no Hugging Face model, or an argument has the wrong type.
-        ValueError: If there is no such format, or it cannot hold this model: it would lose the rotation, say.
-        FileExistsError: If ``out`` exists.
+        ValueError: If there is no such format, or it cannot hold this model: it would lose the rotation, say, or
+            adapters, or the model is not finite, sharded or in a high-precision phase.
+        FileExistsError: If ``out`` exists, also when it appears meanwhile, or is the working directory.
+        OSError: If the files cannot be written: the disk is full, say.
         ImportError: If the format needs a package that is not installed.
 
     Example:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quartet.convert import convert, layer_names, matches, without_wrappers
+from lightning_quartet.convert import convert, layer_names, matches, resolve_patterns, without_wrappers
 from lightning_quartet.export.api import export_quartet
 from lightning_quartet.export.formats import FORMATS
 from lightning_quartet.export.reading import build_model, read_config, read_generation_config
@@ -142,7 +142,9 @@ def load_checkpoint(
     patterns = saved["modules_to_not_convert"]
     if recipe is None and patterns is not None:  # the training has checked them; some may name what is not exported
         names = [name for aliases in layer_names(trained).values() for name in aliases]
-        patterns = [pattern for pattern in patterns if any(matches(name, pattern) for name in names)]
+        patterns = [
+            pattern for pattern in resolve_patterns(patterns) or () if any(matches(name, pattern) for name in names)
+        ]
     _convert(trained, saved["config"], packed, patterns)
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     _load(model, part, prefix, ckpt, model_folder)

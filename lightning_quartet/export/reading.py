@@ -180,7 +180,9 @@ def _check_sizes(values: dict[str, Any], folder: Path, tensors: int) -> None:
             _check_sizes(value, folder, tensors)
         most = tensors if _LAYERS.fullmatch(str(key)) else _MOST_LABELS if key == "num_labels" else None
         if most is not None and isinstance(value, int) and value > most:
-            raise ValueError(f"{folder / 'config.json'} has {key}={value}; with {tensors} tensors at most {most} fit.")
+            raise ValueError(
+                f"{folder / 'config.json'} has {key}={value}, and for {tensors} tensors at most {most} is read."
+            )
 
 
 def _convert(model: Any, folder: Path, config: QuartetConfig, modules: list[str]) -> None:

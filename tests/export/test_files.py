@@ -521,7 +521,7 @@ def test_sizes_that_do_not_fit_the_files(folder):
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 4000), ("num_labels", 10**9)])
 def test_numbers_that_would_fill_the_memory(folder, key, value):
     edit(folder, **{key: value})
-    refused(folder, f"has {key}={value}; with [0-9]+ tensors at most")
+    refused(folder, f"has {key}={value}, and for [0-9]+ tensors at most")
     edit(folder, **{key: 2}, text_config={key: value})
     refused(folder, f"has {key}={value}")
 
