@@ -164,16 +164,22 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path, source, capsys):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_without_a_trace(tmp_path, source, capsys, monkeypatch, number, status):
     ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT())
-    before = signal.getsignal(signal.SIGTERM)
+
+    def unhandled(*args):
+        raise AssertionError
+
+    original = signal.signal(signal.SIGTERM, unhandled)
     monkeypatch.setattr("lightning_quartet.export.api.write_card", lambda *args: signal.raise_signal(number))
     try:
         result = export(ckpt, source, tmp_path / "out")
     except SystemExit as stop:
         result = stop.code
+    except KeyboardInterrupt:
+        result = None
+    assert signal.signal(signal.SIGTERM, original) is unhandled
     assert result == status
     assert capsys.readouterr().err.count("\n") == (number == signal.SIGINT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "source"]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def changed(ckpt: Path, **tensors: Tensor) -> Path:
