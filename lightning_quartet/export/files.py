@@ -62,8 +62,8 @@ def new_folder(out: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     except BaseException:
-        with suppress(OSError):
-            for parent in made:
+        for parent in made:
+            with suppress(OSError):
                 parent.rmdir()
         raise
 
@@ -96,6 +96,7 @@ def _put(folder: Path, target: Path, overwrite: bool) -> None:
     except BaseException:
         if old.exists() and _is_free(target):
             old.rename(target)
+        if not old.exists():
             backup.rmdir()
         raise
     shutil.rmtree(backup, ignore_errors=True)
