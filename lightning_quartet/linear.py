@@ -22,7 +22,7 @@ class QuartetLinear(nn.Linear):
     Usually made by `lightning_quartet.convert_to_quartet`, which gives existing layers this class.
 
     Args:
-        in_features: Size of the last axis of the input, a multiple of ``config.hadamard_group_size``.
+        in_features: Size of the last axis of the input, a multiple of ``config.rotation_width``.
         out_features: Size of the last axis of the output, a multiple of 32.
         bias: Whether to add a learnable bias.
         device: Device of the parameters.
@@ -34,6 +34,7 @@ class QuartetLinear(nn.Linear):
         quartet_enabled: ``False`` computes ``nn.Linear``'s plain product (a high-precision phase of a training).
 
     Raises:
+        TypeError: If ``config`` is not one.
         ValueError: If a size is not such a multiple.
     """
 
@@ -53,6 +54,8 @@ class QuartetLinear(nn.Linear):
         config: QuartetConfig | None = None,
     ) -> None:
         config = QuartetConfig() if config is None else config
+        if not isinstance(config, QuartetConfig):
+            raise TypeError(f"QuartetLinear: config is {config!r}; pass a QuartetConfig or None.")
         reason = unsupported_shape(in_features, out_features, config)
         if reason is not None:
             raise ValueError(f"QuartetLinear({in_features}, {out_features}): {reason}; use nn.Linear here.")
