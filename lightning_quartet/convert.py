@@ -24,6 +24,7 @@ class ConversionReport:
         converted: Names of the layers that are QuartetLinear now and were not before.
         already_converted: Names of the layers that were before.
         skipped: Name of each linear layer that stays as it is, and the reason.
+        unchanged: Name of each layer converted before that would be another now, and why it would.
         config: The numerics of the converted layers.
     """
 
@@ -31,17 +32,19 @@ class ConversionReport:
     already_converted: tuple[str, ...]
     skipped: dict[str, str]
     config: QuartetConfig
+    unchanged: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         done = len(self.converted) + len(self.already_converted)
         before = f" ({len(self.already_converted)} of them before)" if self.already_converted else ""
         lines = [f"Quartet: {done} of {done + len(self.skipped)} linear layers in MXFP4{before}, {self.config}"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"  kept {shown}: {reason}")
+        for verb, layers in (("kept", self.skipped), ("converted before", self.unchanged)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in layers.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                lines.append(f"  {verb} {shown}: {reason}")
         return "\n".join(lines)
 
 
@@ -111,7 +114,8 @@ def resolve_patterns(patterns: Sequence[str] | None) -> tuple[str, ...] | None:
     """Patterns as a tuple, checked."""
     if patterns is None:
         return None
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    if not listed or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise TypeError(f"modules_to_not_convert is {patterns!r}; pass a list of names such as ['lm_head'], or None.")
     return tuple(patterns)
 
@@ -138,7 +142,7 @@ def convert(
                     "correct the pattern or leave it out."
                 )
 
-    plan = _Plan(config=config, patterns=("lm_head",) if given is None else given, filter_fn=module_filter_fn)
+    plan = _Plan(config=config, given=given, filter_fn=module_filter_fn)
     for layer, aliases in names.items():
         if isinstance(layer, nn.Linear):
             plan.add(layer, aliases)
@@ -163,6 +167,7 @@ def convert(
         already_converted=tuple(plan.already_converted),
         skipped=plan.skipped,
         config=config,
+        unchanged=plan.unchanged,
     )
 
 
@@ -187,16 +192,22 @@ class _Plan:
     """Decides layer by layer, changes nothing."""
 
     config: QuartetConfig
-    patterns: tuple[str, ...]
+    given: tuple[str, ...] | None
     filter_fn: Callable[[nn.Module, str], bool] | None
     layers: dict[str, nn.Linear] = field(default_factory=dict)
     already_converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unchanged: dict[str, str] = field(default_factory=dict)
 
     def add(self, layer: nn.Linear, aliases: list[str]) -> None:
         name = aliases[0] or "(the module itself)"
         if isinstance(layer, QuartetLinear):
             self.already_converted.append(name)
+            pattern = self._pattern(aliases, self.given or ())
+            if pattern is not None:
+                self.unchanged[name] = f"matches {pattern!r}"
+            elif layer.quartet_config != self.config:
+                self.unchanged[name] = f"keeps {layer.quartet_config}"
             return
         reason = self._reason(layer, aliases)
         if reason is None:
@@ -204,12 +215,17 @@ class _Plan:
         else:
             self.skipped[name] = reason
 
+    @staticmethod
+    def _pattern(aliases: list[str], patterns: Sequence[str]) -> str | None:
+        """The first pattern that matches one of a layer's names, or ``None``."""
+        return next((pattern for pattern in patterns if any(matches(name, pattern) for name in aliases)), None)
+
     def _reason(self, layer: nn.Linear, aliases: list[str]) -> str | None:
         """Why a layer stays as it is, or ``None``."""
-        for pattern in self.patterns:
-            if any(matches(name, pattern) for name in aliases):
-                return f"matches {pattern!r}"
-        if any(matches(name, pattern) for name in aliases for pattern in _LORA_ADAPTERS):
+        pattern = self._pattern(aliases, ("lm_head",) if self.given is None else self.given)
+        if pattern is not None:
+            return f"matches {pattern!r}"
+        if self._pattern(aliases, _LORA_ADAPTERS) is not None:
             return "a LoRA adapter"
         if isinstance(layer, nn.LazyLinear):
             return "lazy: it has no sizes before the model's first forward"

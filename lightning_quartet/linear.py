@@ -22,7 +22,7 @@ class QuartetLinear(nn.Linear):
     Usually made by `lightning_quartet.convert_to_quartet`, which gives existing layers this class.
 
     Args:
-        in_features: Size of the last axis of the input, a multiple of ``config.hadamard_group_size``.
+        in_features: Size of the last axis of the input, a multiple of ``config.rotation_width``.
         out_features: Size of the last axis of the output, a multiple of 32.
         bias: Whether to add a learnable bias.
         device: Device of the parameters.
@@ -34,6 +34,7 @@ class QuartetLinear(nn.Linear):
         quartet_enabled: ``False`` computes ``nn.Linear``'s plain product (a high-precision phase of a training).
 
     Raises:
+        TypeError: If ``config`` is not one.
         ValueError: If a size is not such a multiple.
     """
 
@@ -53,6 +54,8 @@ class QuartetLinear(nn.Linear):
         config: QuartetConfig | None = None,
     ) -> None:
         config = QuartetConfig() if config is None else config
+        if not isinstance(config, QuartetConfig):
+            raise TypeError(f"QuartetLinear: config is {config!r}; pass a QuartetConfig or None.")
         reason = unsupported_shape(in_features, out_features, config)
         if reason is not None:
             raise ValueError(f"QuartetLinear({in_features}, {out_features}): {reason}; use nn.Linear here.")
@@ -145,7 +148,11 @@ def become_linear(linear: QuartetLinear) -> None:
     _Generation.advance()
 
 
-def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None:
+MICRO_BATCHES = 2**16
+"""What a micro-batch's number is less than."""
+
+
+def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0, *, rank: int | None = None) -> None:
     """Tell all QuartetLinear layers of a model where the training is; a plain loop calls it before each forward.
 
     The random signs (and stochastic rounding) of the backward depend on the config's seed, the layer's number among
@@ -156,6 +163,8 @@ def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None
         module: The model.
         step: Number of optimizer steps taken, 0 <= step < 2**32.
         micro_batch: Number of batches since the last optimizer step, 0 <= micro_batch < 2**16.
+        rank: Number of this process among those that get other data, 0 <= rank < 2**16; processes that share a batch
+            (tensor parallel) have the same. ``None`` means the number in ``torch.distributed``.
 
     Raises:
         TypeError: If ``module`` is no ``nn.Module``, or a number is no integer.
@@ -171,7 +180,13 @@ def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"set_quartet_step needs the nn.Module that was converted, not {type(module).__name__}.")
-    for name, value, limit in (("step", step, 2**32), ("micro_batch", micro_batch, 2**16)):
+    if rank is None:
+        rank = torch.distributed.get_rank() if _distributed() else 0
+    for name, value, limit in (
+        ("step", step, 2**32),
+        ("micro_batch", micro_batch, MICRO_BATCHES),
+        ("rank", rank, 2**16),
+    ):
         if not isinstance(value, int):
             raise TypeError(f"set_quartet_step: {name} is {value!r}; it must be an integer.")
         if not 0 <= value < limit:
@@ -181,7 +196,17 @@ def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0) -> None
         raise ValueError(
             f"set_quartet_step: {type(module).__name__} has no QuartetLinear; call convert_to_quartet(module) first."
         )
-    state.set(step, micro_batch)
+    state.set(step, micro_batch, rank)
+
+
+def unset_quartet_step(module: nn.Module) -> None:
+    """At the end of what sets the steps: whoever trains on with nobody to set them is warned."""
+    state: _QuartetState | None = module.__dict__.get("_quartet_state")
+    if state is not None:
+        state.was_set = False
+        for layer in state.layers:
+            if isinstance(layer, QuartetLinear):
+                layer._quartet_step_set = False
 
 
 def link(module: nn.Module) -> None:
@@ -208,7 +233,7 @@ class _QuartetState:
 
     def __init__(self, root: nn.Module) -> None:
         self.generation = _Generation.current
-        self.step, self.micro_batch = 0, 0
+        self.step, self.micro_batch, self.rank = 0, 0, 0
         self.was_set = False
         self.layers = [module for module in root.modules() if isinstance(module, QuartetLinear)]
         self.link()
@@ -231,8 +256,8 @@ class _QuartetState:
             layer._quartet_seed is row for layer, row in zip(self.layers, self.rows, strict=True)
         )
 
-    def set(self, step: int, micro_batch: int) -> None:
-        self.step, self.micro_batch = step, micro_batch
+    def set(self, step: int, micro_batch: int, rank: int) -> None:
+        self.step, self.micro_batch, self.rank = step, micro_batch, rank
         if not self.was_set:
             self.was_set = True
             for layer in self.layers:
@@ -240,10 +265,9 @@ class _QuartetState:
         self.fill()
 
     def fill(self) -> None:
-        rank = torch.distributed.get_rank() if _distributed() else 0
         for table in self.tables.values():  # fills, not copies: no wait for the device
             table[:, 1].fill_(self.step)
-            table[:, 2].fill_((rank << 16) | self.micro_batch)
+            table[:, 2].fill_((self.rank << 16) | self.micro_batch)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles link anew at their first set_quartet_step.
@@ -257,7 +281,7 @@ def _state_of(root: nn.Module) -> _QuartetState:
         return old
     state = _QuartetState(root)
     if old is not None:
-        state.step, state.micro_batch = old.step, old.micro_batch
+        state.step, state.micro_batch, state.rank = old.step, old.micro_batch, old.rank
     # Not nn.Module.__setattr__: some models refuse or register what they do not know.
     root.__dict__["_quartet_state"] = state
     return state

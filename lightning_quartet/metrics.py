@@ -134,8 +134,9 @@ class QuantizationSNR(Metric):
     def update(self, x: Tensor) -> None:
         """Add a tensor, float [..., K]."""
         sums = projection_sums(x, self.config, self.mode)
-        self.signal += sums.signal
-        self.noise += sums.noise
+        # A module's cast to bfloat16 takes its metrics with it; sums in bfloat16 would stop growing.
+        self.signal = self.signal.double() + sums.signal
+        self.noise = self.noise.double() + sums.noise
 
     def compute(self) -> Tensor:
         """The ratio in dB, float64 scalar."""
@@ -286,9 +287,9 @@ class GradientAlignment(Metric):
             ValueError: If their shapes differ.
         """
         dot, gradient_energy, exact_energy = alignment_sums(gradient, exact)
-        self.dot += dot
-        self.gradient_energy += gradient_energy
-        self.exact_energy += exact_energy
+        self.dot = self.dot.double() + dot  # as in `QuantizationSNR`
+        self.gradient_energy = self.gradient_energy.double() + gradient_energy
+        self.exact_energy = self.exact_energy.double() + exact_energy
 
     def compute(self) -> dict[str, Tensor]:
         """``cosine`` and ``projection``, float64 scalars."""

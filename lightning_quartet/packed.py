@@ -17,7 +17,8 @@ from quartet_kernels.ops import forward_factor
 class PackedQuartetLinear(QuartetLinear):
     """A QuartetLinear whose weight is packed MXFP4: 17/32 byte an element, frozen; made by `pack_quartet`.
 
-    The forward is bit for bit that of the layer it was packed from, and the input gets its gradient in MXFP4 or
+    The forward is bit for bit that of the layer it was packed from (without gradients, on a GPU, up to 32 tokens take
+    another kernel: the same codes, another order of sums), and the input gets its gradient in MXFP4 or
     bfloat16, so adapters train on top of it. State dict keys: ``weight_codes`` uint8 [out_features, in_features/2]
     (two E2M1 codes a byte, low nibble first), ``weight_scales`` uint8 [out_features, in_features/32] (E8M0), both of
     the *rotated* weight, and ``bias`` where there is one. Loading a state dict with ``weight`` packs that weight.

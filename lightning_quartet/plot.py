@@ -116,15 +116,14 @@ def _version(folder: Path) -> int:
 
 def _read_csv(folder: Path) -> Iterator[tuple[str, int, float]]:
     file = folder / "metrics.csv"
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for name, text in row.items():
-                if name in ("step", "epoch") or not text:
-                    continue
-                try:
-                    yield name, int(row["step"]), float(text)
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{str(file)!r} is not a metrics.csv of Lightning's CSVLogger.") from error
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                for name, text in row.items():
+                    if name not in ("step", "epoch") and text:
+                        yield name, int(row["step"]), float(text)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{str(file)!r} is not a metrics.csv of Lightning's CSVLogger.") from error
 
 
 def _read_events(folder: Path) -> Iterator[tuple[str, int, float]]:

@@ -10,12 +10,13 @@ from lightning.fabric.plugins.precision import MixedPrecision as FabricMixedPrec
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from lightning_quartet.convert import convert_to_quartet, converted_before, resolve_config, resolve_patterns
-from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step
 from quartet_kernels import QuartetConfig
 
 PrecisionName = Literal["bf16-mixed", "bf16-true", "32-true", "16-mixed"]
@@ -69,6 +70,7 @@ class QuartetPrecision(Precision):
         # All models that this plugin converted, under one root: two of them never share random bits.
         self._models = nn.ModuleList()
         self._step, self._micro_batch = 0, -1  # -1: no forward since the last optimizer step
+        self._rank: int | None = None
         self._inside = False  # a forward context
         self._trained: dict[str, Any] = {}  # for checkpoints: how the layers compute
 
@@ -102,6 +104,10 @@ class QuartetPrecision(Precision):
                 "modules_to_not_convert": self.modules_to_not_convert and [*self.modules_to_not_convert],
                 "converted_before": converted_before(module, before),
             }
+            if in_trainer:
+                assert trainer is not None  # for the type checker
+                self._step, self._micro_batch = trainer.global_step, -1  # another Trainer begins anew
+                self._rank = data_parallel_rank(trainer.strategy)
         return self._plain.convert_module(module)
 
     @override
@@ -114,15 +120,26 @@ class QuartetPrecision(Precision):
             self._plain.device = next(self._models.parameters()).device.type
         outer, self._inside = self._inside, True
         try:
-            with self._plain.forward_context():
+            with self._repeated_after_exception(), self._plain.forward_context():
                 yield
         finally:
             self._inside = outer
 
+    @contextmanager
+    def _repeated_after_exception(self) -> Generator[None, None, None]:
+        """Around what belongs to a batch: a run that is resumed from a checkpoint of an exception repeats the batch."""
+        step, micro_batch = self._step, self._micro_batch
+        try:
+            yield
+        except BaseException:
+            if torch.is_grad_enabled() and self._step == step:
+                self._micro_batch = micro_batch - 1
+            raise
+
     def _next_micro_batch(self) -> None:
         if len(self._models) > 0:
             self._micro_batch += 1
-            set_quartet_step(self._models, self._step, self._micro_batch)
+            set_quartet_step(self._models, self._step, self._micro_batch % MICRO_BATCHES, rank=self._rank)
 
     @override
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +192,8 @@ class QuartetPrecision(Precision):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        self._plain.backward(*args, **kwargs)
+        with self._repeated_after_exception():
+            self._plain.backward(*args, **kwargs)
 
     @override
     def post_backward(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,3 +209,10 @@ class QuartetPrecision(Precision):
     @override
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
         self._plain.clip_gradients(*args, **kwargs)
+
+
+def data_parallel_rank(strategy: object) -> int | None:
+    """This process's number among those that get other data; ``None`` where every process does."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.distributed_sampler_kwargs["rank"]
+    return None

@@ -221,10 +221,18 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
     ("MXFP4Tensor", "ValueError"): [
         lambda: MXFP4Tensor(packed().codes, packed(columns=64).scales),
         lambda: MXFP4Tensor(packed().codes, packed(device="meta").scales),
+        lambda: MXFP4Tensor(packed().codes, packed().scales, float("nan")),
     ],
     ("unpack_mask", "TypeError"): [lambda: unpack_mask(torch.zeros(1))],
-    ("available_backends", "RuntimeError"): [lambda: available_backends("nowhere")],
-    ("quantize_mxfp4", "TypeError"): [lambda: quantize_mxfp4(torch.zeros(2, 32, dtype=torch.int32))],
+    ("available_backends", "RuntimeError"): [
+        lambda: available_backends("nowhere"),
+        lambda: available_backends("cuda:99"),
+    ],
+    ("quantize_mxfp4", "TypeError"): [
+        lambda: quantize_mxfp4(torch.zeros(2, 32, dtype=torch.int32)),
+        lambda: quantize_mxfp4(torch.zeros(2, 32).to_sparse()),
+        lambda: quantize_mxfp4(torch.zeros(2, 32), config="quartet"),
+    ],
     ("quantize_mxfp4", "ValueError"): [
         lambda: quantize_mxfp4(torch.zeros(2, 33)),
         lambda: quantize_mxfp4(torch.zeros(2, 32), mode="sideways"),
@@ -244,6 +252,8 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
     ("quartet_linear", "TypeError"): [
         lambda: linear(dtype=torch.int32),
         lambda: linear(config="quartet"),
+        lambda: linear(seed=3.0),
+        lambda: linear(weight=torch.ones(32, 32, dtype=torch.float64)),
         lambda: linear(x=torch.ones(4, 32).to_sparse()),
         lambda: linear(x=torch.nested.nested_tensor([torch.ones(2, 32), torch.ones(1, 32)], layout=torch.jagged)),
     ],
@@ -259,6 +269,8 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
         lambda: linear(x=torch.ones(4, 32, requires_grad=True), seed=torch.zeros(2, dtype=torch.int64)),
         lambda: linear(x=torch.ones(4, 32, requires_grad=True), seed=2**32),
         lambda: linear(signs=(torch.ones(31), torch.ones(32))),
+        lambda: linear(signs=(torch.ones(32),)),
+        lambda: linear(weight=quantize_mxfp4(torch.ones(32, 32), mode="backward")),
     ],
     ("quartet_linear", "RuntimeError"): [
         lambda: linear(config=QuartetConfig(backend="fp8")),
@@ -268,6 +280,7 @@ CASES: dict[tuple[str, str], list[Callable[[], object]]] = {
         traced,
     ],
     # Conversion
+    ("QuartetLinear", "TypeError"): [lambda: QuartetLinear(32, 32, config="quartet")],
     ("QuartetLinear", "ValueError"): [lambda: QuartetLinear(48, 32), lambda: QuartetLinear(32, 48)],
     ("convert_to_quartet", "TypeError"): [
         lambda: convert_to_quartet("model"),

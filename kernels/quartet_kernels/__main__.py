@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--json", nargs="?", const="-", metavar="FILE", help="print the report as JSON, or write it to FILE"
         )
     options = parser.parse_args(arguments)
+    if options.json not in (None, "-") and Path(options.json).is_dir():
+        parser.error(f"--json: {options.json} is a folder; name a file.")
     if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
         parser.error(f"--json: the folder {Path(options.json).parent} does not exist; make it first.")
 

@@ -66,8 +66,11 @@ def interpreting() -> bool:
 
 def _check_name(name: str) -> None:
     if name not in _REQUIREMENTS:
-        names = ", ".join(map(repr, ("reference", *_REQUIREMENTS)))
-        raise ValueError(f"There is no backend {name!r}; choose one of {names}.")
+        raise ValueError(f"There is no backend {name!r}; choose one of {_names()}.")
+
+
+def _names() -> str:
+    return ", ".join(map(repr, ("reference", *_REQUIREMENTS)))
 
 
 @functools.cache
@@ -99,6 +102,7 @@ def _amd_architecture(device: torch.device) -> str | None:
     return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
 
 
+@functools.cache
 def _triton_version() -> tuple[int, int]:
     major, minor = importlib.metadata.version("triton").split(".")[:2]
     return int(major), int(minor)
@@ -165,7 +169,12 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    automatic = select_backend("auto", device, torch.bfloat16).name
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"There is no {device}: this machine has {torch.cuda.device_count()} CUDA or ROCm GPUs.")
+    try:
+        automatic = select_backend("auto", device, torch.bfloat16).name
+    except (RuntimeError, ValueError):  # QUARTET_BACKEND asks for one that cannot run
+        automatic = ""
     reasons = {}
     for name in ("reference", *_REQUIREMENTS):
         missing = _missing(name, device)
@@ -188,12 +197,15 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
         ValueError: If there is no such backend.
         RuntimeError: If the backend that was asked for cannot run there.
     """
-    if name == "auto":
-        name = os.environ.get(BACKEND_VARIABLE, "") or "auto"
+    advice = "use backend='auto'"
+    if name == "auto" and (name := os.environ.get(BACKEND_VARIABLE, "") or "auto") != "auto":
+        advice = f"unset {BACKEND_VARIABLE}"
+        if name != "reference" and name not in _REQUIREMENTS:
+            raise ValueError(f"{BACKEND_VARIABLE} is {name!r}; choose one of {_names()}.")
     if name == "auto":
         return REFERENCE if dtype == torch.float64 else load_backend(_automatic(device))
     if missing := _missing(name, device):
-        raise RuntimeError(f"Backend {name!r} cannot run on {device}: it {missing}; use backend='auto'.")
+        raise RuntimeError(f"Backend {name!r} cannot run on {device}: it {missing}; {advice}.")
     if dtype == torch.float64 and name != "reference":
         raise RuntimeError(f"Backend {name!r} has no float64; use float32 tensors or backend='reference'.")
     return load_backend(name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bench_decode
-from .backends import select_backend
+from .backends import available_backends, select_backend
 from .config import QuartetConfig
 from .linear import quartet_linear
 from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, make_seed
@@ -31,11 +31,13 @@ def parse_shape(text: str) -> Shape:
     """``"16384x4096x14336"``: tokens x in_features x out_features.
 
     Raises:
-        ValueError: If it is not three positive integers.
+        ValueError: If it is not three positive integers, or a linear of these sizes has no MXFP4.
     """
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{text!r} is no shape; write tokens x in_features x out_features, like 16384x4096x14336.")
+    if int(parts[1]) % 32 or int(parts[2]) % 32:
+        raise ValueError(f"{text!r}: in_features and out_features must be multiples of 32.")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -66,7 +68,7 @@ def matmul_ceilings(shape: Shape, device: torch.device) -> dict[str, float]:
     flop = 2e-9 * m * n * k
     a, b = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
     row = {"bf16": flop / _milliseconds(lambda: a @ b.t(), device)}
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
         return row
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     scale_a, scale_b = torch.ones(m, 1, device=device), torch.ones(1, n, device=device)
@@ -182,7 +184,9 @@ def linears(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Row]
         candidates["quartet_stochastic"] = ours(backward_rounding="stochastic")
         candidates["mxfp8_backward"] = ours(backward_dtype="mxfp8")
         candidates["bf16_backward"] = ours(backward_dtype="bf16")
-        candidates["pseudo-quantised (bf16 operands, bf16 backward)"] = ours(backward_dtype="bf16", backend="bf16")
+        if available_backends(device)["bf16"].startswith("can run"):
+            pseudo = ours(backward_dtype="bf16", backend="bf16")
+            candidates["pseudo-quantised (bf16 operands, bf16 backward)"] = pseudo
         candidates |= _torchao(linear)
     else:
         candidates["quartet"] = ours()
@@ -236,7 +240,7 @@ def run(shapes: list[Shape] | None = None) -> dict[str, Any]:
             report["linears"] += linears(shape, device, torch.bfloat16)
         else:
             report["linears"] += linears(shape, device, torch.float32)
-    if cuda and torch.version.hip is None:
+    if cuda and torch.version.hip is None and report["backend"] != "reference":
         report["decode"] = bench_decode.decode(layers)
     return report
 

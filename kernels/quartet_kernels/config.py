@@ -35,7 +35,7 @@ class QuartetConfig:
             not rotated); ``"bf16"`` is straight-through with mask.
         backward_rounding: Of ``"mxfp4"``: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
         randomize_backward: Draw random signs for the backward rotations at every step.
-        store_master_weights: ``False`` keeps only the weight's codes and scales: no weight gradient.
+        store_master_weights: ``False`` makes conversion keep only the weight's codes and scales: no weight gradient.
         accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
             float32 every 128 products; ``"auto"`` chooses per GEMM.
         backend: ``"auto"`` or the name of a backend, see `quartet_kernels.available_backends`.

@@ -73,14 +73,14 @@ def run() -> dict[str, Any]:
     devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     report: dict[str, Any] = {"versions": versions, "devices": [], "advice": _advice(devices[-1]), "ok": True}
     for device in devices:
-        backend = select_backend("auto", device, torch.bfloat16).name
         entry: dict[str, Any] = {
             "device": str(device),
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "backend": backend,
+            "backend": "none",
             "backends": available_backends(device),
         }
         try:
+            entry["backend"] = backend = select_backend("auto", device, torch.bfloat16).name
             differences = self_test(device, backend)
             # A code in 1e5 may differ by a step on a GPU, where sums run in another order.
             passed = all(value < 2e-3 for value in differences.values())

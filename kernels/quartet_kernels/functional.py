@@ -10,9 +10,8 @@ from .backends import load_backend, select_backend
 from .config import QuartetConfig
 from .linear import FLOAT_DTYPES, _checked_signs, _seed_tensor
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
-from .ops import BACKWARD_FACTOR, forward_factor
+from .ops import BACKWARD_FACTOR, forward_factor, no_autocast
 from .philox import GRAD
-from .rotation import rotation_matrix
 
 
 def quantize_mxfp4(
@@ -43,11 +42,15 @@ def quantize_mxfp4(
         The tensor in the rotated basis, or (tensor, mask).
 
     Raises:
-        TypeError: If x's dtype is not a supported one.
+        TypeError: If x or config is not what it should be.
         ValueError: If an option is unknown or does not apply to the mode, or a shape does not fit.
         RuntimeError: If the backend cannot run on x's device.
     """
-    config = config or QuartetConfig()
+    config = QuartetConfig() if config is None else config
+    if not isinstance(config, QuartetConfig):
+        raise TypeError(f"config is {config!r}; pass a QuartetConfig or None.")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError("x is a sparse or nested tensor; use an ordinary one, for example its values().")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16, float16 or float64.")
     if mode not in ("forward", "backward"):
@@ -126,13 +129,14 @@ def mxfp4_matmul(
         raise ValueError(f"bias is {tuple(bias.shape)} on {bias.device}; it must be [{b.shape[0]}] beside a.")
     chosen = select_backend(backend, a.codes.device, torch.float32)
     backend_ = chosen if chosen.packed or chosen.name == "reference" else load_backend("triton")
-    return backend_.matmul(
-        *backend_.expand(a.codes, a.scales),
-        *backend_.expand(b.codes, b.scales),
-        alpha=alpha * a.factor * b.factor,
-        bias=bias,
-        mask=None,
-        matrix=rotation_matrix("identity", GROUP_SIZE, a.codes.device),
-        out_dtype=out_dtype,
-        accumulation="precise",
-    )
+    with no_autocast(a.codes):
+        return backend_.matmul(
+            *backend_.expand(a.codes, a.scales),
+            *backend_.expand(b.codes, b.scales),
+            alpha=alpha * a.factor * b.factor,
+            bias=bias,
+            mask=None,
+            matrix=None,
+            out_dtype=out_dtype,
+            accumulation="precise",
+        )

@@ -38,6 +38,11 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _stream(x: Tensor) -> int:
+    """Where x's projection is made: another stream would have to wait for it."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+
+
 class _LastInput(threading.local):
     """The projection of the input that this thread's last layer read: q, k and v, or gate and up, read the same one.
 
@@ -54,7 +59,7 @@ class _LastInput(threading.local):
     def project(self, x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
         if x.grad_fn is None:
             return _project(x, config, mask)
-        key = (x._version, mask, config, _capturing(x))
+        key = (x._version, mask, config, _stream(x), _capturing(x))
         if not self.kept or self.source is None or self.source() is not x or self.key != key:
             kept = [_project(x, config, mask)]
             # Autograd's own threads may drop the input, and they do not see this thread's attributes.
@@ -91,7 +96,7 @@ class WeightWindow(threading.local):
         """The weight's projection, made anew outside a window or where the weight is not what it was."""
         if self.step is None or _capturing(weight):  # a graph must quantise what it reads when it is replayed
             return _project(weight, config, mask)
-        key = (weight.data_ptr(), weight._version, mask, config)
+        key = (weight.data_ptr(), weight._version, mask, config, _stream(weight))
         found = self._projections.get(id(weight))
         if found is None or found[0]() is not weight or found[1] != key:
             found = (weakref.ref(weight), key, _project(weight, config, mask))
@@ -252,6 +257,14 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
         if tensor.dtype not in FLOAT_DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):
             raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64.")
+    if isinstance(weight, MXFP4Tensor):
+        if weight.factor != ops.forward_factor(config):
+            raise ValueError(
+                f"The packed weight has factor {weight.factor}; with forward_method={config.forward_method!r} it is "
+                f"{ops.forward_factor(config)}: pack it with the same config, in mode='forward'."
+            )
+    elif (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"x is {x.dtype} and the weight {weight.dtype}; float64 goes only with float64.")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{out_features}].")
     if master is not None and (not isinstance(weight, MXFP4Tensor) or master.shape != weight.shape):
@@ -316,11 +329,15 @@ def quartet_linear(
     grad_mode = torch.is_grad_enabled() and not torch.jit.is_tracing()
     needs_grad = grad_mode and (x.requires_grad or (master is not None and master.requires_grad))
     random = config.randomize_backward and signs is None or config.backward_rounding == "stochastic"
+    if type(seed) not in (int, type(None)) and not isinstance(seed, Tensor):
+        raise TypeError(f"seed is {seed!r}; pass an int64 [3] tensor, an int or None.")
     if needs_grad and random and config.backward_dtype == "mxfp4":
         seed = _seed_tensor(seed, config, x.device)
     else:
         seed = None
     if signs is not None:
+        if len(signs) != 2:
+            raise ValueError(f"signs are {len(signs)} tensors; pass two, for dX and for dW.")
         signs = (_checked_signs(signs[0], x.device), _checked_signs(signs[1], x.device))
 
     bias_trains = grad_mode and bias is not None and bias.requires_grad
@@ -341,9 +358,12 @@ def _few_tokens(x: Tensor, config: QuartetConfig) -> bool:
         return False
     if torch.version.hip is not None:
         return False  # the kernel is made of NVIDIA's instructions
-    if torch.compiler.is_compiling():
-        return x.device.type == "cuda"
-    return select_backend(config.backend, x.device, x.dtype).name != "reference"
+    return _has_kernels(config.backend, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return select_backend(backend, device, dtype).name != "reference"
 
 
 def _decode(x: Tensor, packed: Packed, bias: Tensor | None, config: QuartetConfig, out_dtype: torch.dtype) -> Tensor:
@@ -374,4 +394,4 @@ def _checked_signs(signs: Tensor, device: torch.device) -> Tensor:
         raise ValueError(
             f"signs are {signs.dtype} {tuple(signs.shape)} on {signs.device}; they must be float32 [32] on {device}."
         )
-    return signs
+    return signs.contiguous()

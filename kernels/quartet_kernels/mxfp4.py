@@ -69,7 +69,7 @@ class MXFP4Tensor:
 
     Raises:
         TypeError: If codes or scales are not uint8.
-        ValueError: If their shapes or devices do not belong together.
+        ValueError: If their shapes or devices do not belong together, or the factor is another.
     """
 
     codes: Tensor
@@ -85,6 +85,8 @@ class MXFP4Tensor:
                 f"MXFP4 codes of shape {tuple(self.codes.shape)} do not go with scales of shape "
                 f"{tuple(self.scales.shape)}: they are [..., K/2] and [..., K/32] with K a multiple of 32."
             )
+        if self.factor not in (1.0, 4 / 3):
+            raise ValueError(f"An MXFP4 factor is {self.factor!r}; it is 1 or 4/3.")
         if self.codes.device != self.scales.device:
             raise ValueError(f"MXFP4 codes are on {self.codes.device} and scales on {self.scales.device}.")
 

@@ -1,4 +1,4 @@
-"""The only door from Python into a backend: custom operators, opaque to ``torch.compile``, with fake kernels.
+"""The layer's door into a backend: custom operators, opaque to ``torch.compile``, with fake kernels.
 
 Each takes a configuration as `QuartetConfig.text`, since schemas know no classes, and resolves its backend from
 its input's device; shapes and meanings are those of `quartet_kernels.reference`. A missing mask or operand is an
@@ -52,7 +52,7 @@ def _backend(config: QuartetConfig, x: Tensor) -> Backend:
     return select_backend(config.backend, x.device, x.dtype)
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     # Autocast would turn the reference's float32 products into bfloat16 ones.
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
@@ -83,7 +83,7 @@ def operand(codes: Tensor, scales: Tensor, data: Tensor, scale: Tensor) -> tuple
 @_operator
 def quantize_forward(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = parse_config(config)
-    with _no_autocast(x):
+    with no_autocast(x):
         codes, scales, words, data, scale = _backend(options, x).quantize_forward(x, config=options, mask=mask)
     return (
         codes,
@@ -125,7 +125,7 @@ def matmul(
     accumulation = options.accumulation
     if accumulation == "auto" and options.transform_init == "identity":
         accumulation = "precise"  # without a rotation, products of one sign add up to what fast accumulation loses
-    with _no_autocast(a):
+    with no_autocast(a):
         return select_backend(options.backend, a.device, out_dtype).matmul(
             a,
             a_scale,
@@ -168,8 +168,7 @@ def gradient(
     if finish:
         matrix = rotation_matrix(options.transform_init, options.hadamard_group_size, dy.device)
     factor = forward_factor(options)
-    dy = dy.contiguous()
-    with _no_autocast(dy):
+    with no_autocast(dy):
         if options.backward_dtype != "mxfp4":
             multiply = backend.matmul_mxfp8 if options.backward_dtype == "mxfp8" else backend.matmul_bf16
             return multiply(

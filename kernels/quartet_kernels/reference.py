@@ -19,7 +19,7 @@ from .rotation import BACKWARD_GROUP_SIZE, rotation_matrix
 QUEST_SCALE = 0.48707976
 """2.92247856 / 6: the scale that minimises the squared error of E2M1 rounding, in standard deviations of N(0, 1)."""
 MIN_EXPONENT, MAX_EXPONENT = -126, 125
-"""Bytes 1..252: every ``code * scale`` is then a finite normal float32."""
+"""Bytes 1..252: every ``code * scale`` is then a finite float32."""
 MXFP8_MIN_EXPONENT, MXFP8_MAX_EXPONENT = -117, 119
 """The same of E4M3 codes, whose smallest is 2^-9 and whose largest is 448; what is in between fits bfloat16, too."""
 CACHED_ELEMENTS = 1 << 18
@@ -310,7 +310,7 @@ def matmul(
     accumulation: str = "auto",
 ) -> Tensor:
     """``alpha * A @ B.T + bias`` of two operands, A [M, K], B [N, K]; for the backward, clip mask int32 [M, N/32] and
-    inverse rotation of the result, in float32 before the cast."""
+    inverse rotation of the result, in float32 before the cast; never beside a bias, which gradients have not."""
     product = a @ b.t()
     if bias is None:
         return unrotate(product, alpha=alpha, mask=mask, matrix=matrix, out_dtype=out_dtype)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,9 +19,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quartet.convert import convert, converted_before, resolve_config, resolve_patterns, revert
-from lightning_quartet.linear import QuartetLinear, set_quartet_step
+from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step, unset_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear
-from lightning_quartet.precision import QuartetPrecision
+from lightning_quartet.precision import QuartetPrecision, data_parallel_rank
 from quartet_kernels import QuartetConfig
 from quartet_kernels.backends import select_backend
 from quartet_kernels.linear import weight_window
@@ -89,8 +90,12 @@ class QuartetQAT(Callback):
         self.end_step = end_step
         self.master_dtype = master_dtype
         self.revert_on_end = revert_on_end
-        self._step: int | None = None  # of the last batch
+        self._step: int | None = None  # of this batch
         self._micro_batch = 0
+        self._before: tuple[int | None, int] = (None, 0)  # the same of the batch before
+        self._progress: Any = None  # Lightning's counts of batches started and processed
+        self._known_step: int | None = None  # that the weights of the last fit or checkpoint were trained for
+        self._rank: int | None = None
         self._converted: list[nn.Module] = []
         self._converted_before: list[dict[str, Any]] = []  # for checkpoints: layers that others converted
         self._undo: list[Callable[[], None]] = []
@@ -101,6 +106,7 @@ class QuartetQAT(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_trainer(trainer)
         self._check_neighbours(trainer)
+        self._rank = data_parallel_rank(trainer.strategy)
         select_backend(self.config.backend, trainer.strategy.root_device, torch.float32)
 
         # Layers that the module's own hooks make are still to come; convert_module, the last call before optimizers
@@ -127,6 +133,7 @@ class QuartetQAT(Callback):
         while self._undo:
             self._undo.pop()()
         converted, self._converted = self._converted, []  # a callback that is kept must not keep models
+        unset_quartet_step(pl_module)
         if self.revert_on_end:
             revert(pl_module, converted)
 
@@ -216,13 +223,13 @@ class QuartetQAT(Callback):
             layer for layer in module.modules() if isinstance(layer, QuartetLinear) and layer not in before
         ]
         self._converted_before = converted_before(module, before.difference(self._converted))
-        for layer in before:
-            if layer not in self._converted and layer.quartet_config != self.config:
-                rank_zero_warn(
-                    f"Layers converted before keep {layer.quartet_config}, QuartetQAT has {self.config}: call "
-                    "revert_from_quartet(model) first to train them with the callback's."
-                )
-                break
+        if report.unchanged:
+            name, how = next(iter(report.unchanged.items()))
+            others = f" and {len(report.unchanged) - 1} more" if len(report.unchanged) > 1 else ""
+            rank_zero_warn(
+                f"Layers converted before stay as they are, {name} ({how}){others}: call revert_from_quartet(model) "
+                "first to train them as QuartetQAT says."
+            )
         if self.master_dtype is not None:
             for parameter in _own_parameters(module):
                 parameter.data = parameter.data.float()
@@ -251,26 +258,31 @@ class QuartetQAT(Callback):
                 "numbers; keep the master weights (store_master_weights=True) or leave it out."
             )
         parameters = set(pl_module.parameters())
-        for optimizer in trainer.optimizers:
-            if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
-                raise MisconfigurationException(
-                    f"None of the parameters of {type(optimizer).__name__} belongs to the model, so it would train "
-                    "nothing; make the optimizer in configure_optimizers."
-                )
+        optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if optimizers and not any(parameter in parameters for group in groups for parameter in group["params"]):
+            raise MisconfigurationException(
+                f"None of the parameters of {', '.join(type(optimizer).__name__ for optimizer in optimizers)} belongs "
+                "to the model, so it would train nothing; make the optimizer in configure_optimizers."
+            )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self._micro_batch = self._micro_batch + 1 if step == self._step else 0
-        self._step = step
-        if self.start_step > 0 or self.end_step is not None:  # else on_train_start has said it for the whole fit
+        self._before = self._step, self._micro_batch
+        self._step, self._micro_batch = step, self._micro_batch + 1 if step == self._step else 0
+        if self._has_phases:  # else on_train_start has said it for the whole fit
             self._enable(pl_module, step)
-        set_quartet_step(pl_module, step, self._micro_batch)
+        self._set_step(pl_module)
         sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))  # weights come and go there
         if trainer.accumulate_grad_batches > 1 and not sharded:
             weight_window.open(step)
+
+    def _set_step(self, pl_module: pl.LightningModule) -> None:
+        assert self._step is not None
+        set_quartet_step(pl_module, self._step, self._micro_batch % MICRO_BATCHES, rank=self._rank)
 
     # In manual optimization one batch can have several backwards and several steps.
 
@@ -278,7 +290,7 @@ class QuartetQAT(Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and self._step is not None:
             self._micro_batch += 1
-            set_quartet_step(pl_module, self._step, self._micro_batch)
+            self._set_step(pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -288,11 +300,16 @@ class QuartetQAT(Callback):
         if not pl_module.automatic_optimization and self._step is not None:
             self._step, self._micro_batch = trainer.global_step + 1, 0
             self._enable(pl_module, self._step)
-            set_quartet_step(pl_module, self._step, self._micro_batch)
+            self._set_step(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._progress = trainer.fit_loop.epoch_loop.batch_progress.current
         self._enable(pl_module, trainer.global_step)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._known_step = trainer.global_step
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -309,8 +326,19 @@ class QuartetQAT(Callback):
 
     def _enable_for_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switch the layers to the phase of the current step (outside fit: of the last step that is known)."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        self._enable(pl_module, trainer.global_step if fitting else max(trainer.global_step, self._step or 0))
+        step = trainer.global_step
+        if trainer.state.fn != TrainerFn.FITTING:
+            if self._has_phases and step == 0 and self._known_step is None:
+                rank_zero_warn(
+                    f"QuartetQAT(start_step={self.start_step}, end_step={self.end_step}) does not know how many steps "
+                    "these weights were trained and takes 0; give the checkpoint as ckpt_path, or leave the steps out."
+                )
+            step = max(step, self._known_step or 0)
+        self._enable(pl_module, step)
+
+    @property
+    def _has_phases(self) -> bool:
+        return self.start_step > 0 or self.end_step is not None
 
     def _enable(self, pl_module: pl.LightningModule, step: int) -> None:
         """Switch the layers to the phase of a step."""
@@ -323,6 +351,10 @@ class QuartetQAT(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        step, micro_batch = self._step, self._micro_batch
+        if self._progress is not None and self._progress.started > self._progress.processed:
+            # Saved in the middle of a batch (after an exception, or by SLURM's signal), which a resumed run repeats.
+            step, micro_batch = self._before
         # Primitives only: the Trainer loads checkpoints with weights_only=True.
         return {
             "version": _STATE_VERSION,
@@ -331,8 +363,8 @@ class QuartetQAT(Callback):
             "converted_before": self._converted_before,
             "start_step": self.start_step,
             "end_step": self.end_step,
-            "step": self._step,
-            "micro_batch": self._micro_batch,
+            "step": step,
+            "micro_batch": micro_batch,
         }
 
     @override
@@ -347,6 +379,20 @@ class QuartetQAT(Callback):
         ]
         if changed:
             rank_zero_warn(f"The checkpoint was trained with another QuartetConfig ({'; '.join(changed)}).")
+        mine = self.state_dict()
+        changed = [
+            f"{name}: {state_dict[name]!r} in the checkpoint, {mine[name]!r} now"
+            for name in ("modules_to_not_convert", "start_step", "end_step")
+            if name in state_dict and state_dict[name] != mine[name]
+        ]
+        if changed:
+            rank_zero_warn(f"The checkpoint was trained with another QuartetQAT ({'; '.join(changed)}).")
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._known_step = checkpoint["global_step"]
 
 
 class _Routing(Precision):

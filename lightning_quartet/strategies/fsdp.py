@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quartet.callbacks import QuartetQAT
@@ -106,6 +107,8 @@ class QuartetFSDP(ModelParallelStrategy):
         self.reduce_every_batch = reduce_every_batch
         self._root: nn.Module
         self._weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
+        self._hooks: list[RemovableHandle] = []  # on them
+        self._finishes = False  # has any backward gone through this strategy
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -131,6 +134,12 @@ class QuartetFSDP(ModelParallelStrategy):
         self._root.to(self.root_device)
         # Taken now: while a block is gathered, these are not among the model's parameters.
         self._weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
+        self._hooks = [
+            weight.register_hook(_set_aside(shard))
+            for weight in self._weights
+            if weight.requires_grad and (shard := _shard_of(weight)) is not None
+        ]
+        self._finishes = False
         self.barrier()
 
         if trainer.state.fn == TrainerFn.FITTING:
@@ -191,6 +200,7 @@ class QuartetFSDP(ModelParallelStrategy):
     @contextmanager
     def _finish_gradients(self) -> Generator[None, None, None]:
         """Around a backward: mask and rotate back what it adds to the shards' gradients, and only that."""
+        self._finishes = True
         before = [weight.grad for weight in self._weights]
         shards = [shard for weight in self._weights if (shard := _shard_of(weight)) is not None]
         for weight, shard in zip(self._weights, shards, strict=True):
@@ -207,8 +217,31 @@ class QuartetFSDP(ModelParallelStrategy):
                     weight.grad = old
                     continue
                 shard.finish_gradient(weight.grad._local_tensor)  # type: ignore[attr-defined]
-                if old is not None:
-                    weight.grad += old
+                for gradient in (*shard.direct_gradients, old):
+                    if gradient is not None:
+                        weight.grad += gradient
+                shard.direct_gradients.clear()
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not self._finishes and any(weight.grad is not None for weight in self._weights):
+            raise MisconfigurationException(
+                "Under QuartetFSDP a backward has to go through the strategy, which finishes the gradients of packed "
+                "weights: call self.manual_backward(loss) instead of loss.backward()."
+            )
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    @override
+    def teardown(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        super().teardown()
 
     @override
     @contextmanager
@@ -323,6 +356,17 @@ def _pack_when_gathered(block: nn.Module, sole: Sequence[QuartetLinear], device:
             layer.weight = nn.Parameter(shard, weight.requires_grad)
 
 
+def _set_aside(shard: ShardedWeight) -> Callable[[Tensor], Tensor]:
+    """A hook for gradients of what reads the weight itself (a penalty, say), which are not rotated: FSDP2 stores those
+    of the layer without calling it."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        shard.direct_gradients.append(gradient)
+        return torch.zeros_like(gradient)
+
+    return hook
+
+
 def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:
     """The local rows of a parameter that is gathered packed."""
     local = getattr(parameter, "_local_tensor", None)
@@ -353,4 +397,9 @@ def _check_phases(trainer: pl.Trainer) -> None:
             raise MisconfigurationException(
                 f"QuartetQAT(start_step={callback.start_step}, end_step={callback.end_step}) has steps in high "
                 "precision, and QuartetFSDP sends only 4-bit weights; choose QuartetFSDP(packed=False)."
+            )
+        if isinstance(callback, QuartetQAT) and callback.revert_on_end:
+            raise MisconfigurationException(
+                "QuartetQAT(revert_on_end=True) would leave plain layers with weights that QuartetFSDP gathers in "
+                "4 bits; choose QuartetFSDP(packed=False), or leave it out."
             )

@@ -302,6 +302,29 @@ def log_everything(strategy: str) -> dict[str, Any]:
     }
 
 
+class Penalised(Net):
+    """Its weights are drawn to one, in the loss of every batch."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        weights = [block.up.weight for block in self.blocks]
+        penalties = [(weight - 1).square().sum() for weight in weights]
+        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in penalties]
+        return super().loss(batch) + 0.1 * torch.stack(whole).sum()
+
+
+class Direct(Net):
+    """Goes around the strategy in manual optimization."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
 class Tied(Net):
     """Its two blocks share a layer."""
 
@@ -344,6 +367,24 @@ class ParallelNet(Net):
                 fully_shard(block, mesh=mesh["data_parallel"])
             fully_shard(self, mesh=mesh["data_parallel"])
             register_fsdp_forward_method(self, "training_step")
+
+
+class MixedNet(ParallelNet):
+    """With a layer that every rank has whole; what comes before it feels its gradient."""
+
+    def build(self) -> None:
+        super().build()
+        self.whole = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        x = x + self.whole(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+    def on_train_end(self) -> None:
+        self.weights = {name: full({name: value})[name] for name, value in self.state_dict().items()}
 
 
 class CutNet(ParallelNet):

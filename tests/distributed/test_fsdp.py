@@ -155,11 +155,22 @@ REFUSALS = {
     "average": ({"averaging": "EMAWeightAveraging"}, "sharded modules cannot be copied"),
     "stochastic average": ({"averaging": "StochasticWeightAveraging"}, "sharded modules cannot be copied"),
     "phases": ({"qat": {"start_step": 3}}, r"choose QuartetFSDP\(packed=False\)"),
+    "reverting": ({"qat": {"revert_on_end": True}}, r"choose QuartetFSDP\(packed=False\), or leave it out"),
+    "backward": ({"kind": scenarios.Direct}, r"call self\.manual_backward\(loss\) instead of loss\.backward\(\)"),
     "master dtype": ({"qat": {"master_dtype": "float32"}}, "needs one dtype for all parameters"),
     "sharded": ({"kind": scenarios.ShardedNet}, "shards its layers itself"),
     "tied": ({"kind": scenarios.Tied}, "a parameter of another block too"),
     "no such class": ({"block_classes": ["Bloc"]}, "has no module of a class of that name"),
 }
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_penalty_on_the_weights_has_its_own_gradient(ranks, packed, accumulate):
+    options = {"kind": scenarios.Penalised, "steps": 3, "accumulate_grad_batches": accumulate}
+    results, expected = ranks(scenarios.train, fsdp={"packed": packed}, **options), scenarios.train(1, **options)
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)

@@ -79,7 +79,8 @@ def test_ranks_draw_different_bits_and_repeat_them(ranks, way):
     options = {"steps": 2, "config": QuartetConfig(seed=3), **way}
     first, second = ranks(scenarios.train, **options), ranks(scenarios.train, **options)
     for rank, (result, again) in enumerate(zip(first, second, strict=True)):
-        assert result["seeds"] == [[(3 << 32) | 3, step, rank << 16] for step in range(2)]
+        replica = 0 if way["strategy"] == "tensor_parallel" else rank  # there, both have the same batches
+        assert result["seeds"] == [[(3 << 32) | 3, step, replica << 16] for step in range(2)]
         assert result["losses"] == again["losses"]
     # What all ranks share stays the same on all.
     for name, weight in first[0]["weights"].items():
@@ -99,6 +100,14 @@ def test_accumulation_and_clipping(ranks, one_process, way):
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(results[0]["weights"][name], weight, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(unclipped["weights"]["lm_head.bias"], expected["weights"]["lm_head.bias"], rtol=1e-4)
+
+
+def test_ranks_of_tensor_parallelism_keep_the_same_copies_of_what_is_whole(ranks):
+    options = {"strategy": "tensor_parallel", "kind": scenarios.MixedNet, "steps": 10}
+    first, second = ranks(scenarios.train, config=QuartetConfig(), **options)
+    assert first["losses"] == second["losses"]
+    for name in ("whole.weight", "embedding.weight"):
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
 
 
 def test_tensor_parallelism_that_cuts_a_group_is_refused(ranks):

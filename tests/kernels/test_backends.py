@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quartet_kernels import QuartetConfig, available_backends, mxfp4_matmul, quantize_mxfp4, quartet_linear
+from quartet_kernels import QuartetConfig, available_backends, doctor, mxfp4_matmul, quantize_mxfp4, quartet_linear
 from quartet_kernels.philox import make_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,6 +92,62 @@ def test_non_contiguous_input(backend):
         outputs.append((y, a.grad, b.grad))
     for first, second in zip(*outputs, strict=True):
         assert torch.equal(first, second)
+
+
+def strided(tensor):
+    """The same values with gaps between them."""
+    return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_vectors_and_gradients(backend):
+    config = QuartetConfig(backend=backend)
+    x, weight, dy = (torch.randn(*size, device=DEVICE) for size in ((40, 64), (32, 64), (40, 32)))
+    bias = torch.randn(32, device=DEVICE)
+    signs = tuple(torch.randint(0, 2, (32,), device=DEVICE) * 2.0 - 1 for _ in range(2))
+    outputs = []
+    for make in (torch.clone, strided):
+        a, b = (tensor.clone().requires_grad_() for tensor in (x, weight))
+        y = quartet_linear(a, b, make(bias), config=config, signs=tuple(map(make, signs)))
+        y.backward(make(dy))
+        packed = quantize_mxfp4(weight, config=config, backend=backend)
+        few = quartet_linear(x[:3], packed, make(bias), config=config)
+        backward = quantize_mxfp4(dy, config=config, mode="backward", signs=make(signs[0]), backend=backend)
+        outputs.append((y, a.grad, b.grad, few, backward.codes))
+    for first, second in zip(*outputs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_float32_sums_alone(backend):
+    a, b = (quantize_mxfp4(torch.randn(64, 128, device=DEVICE), backend=backend) for _ in range(2))
+    expected = mxfp4_matmul(a, b, out_dtype=torch.float32, backend=backend)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(mxfp4_matmul(a, b, out_dtype=torch.float32, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_device_does_not_matter(backend):
+    inverse_root = pytest.importorskip("quartet_kernels.triton.quantize").inverse_root
+    inverse_root.cache_clear()
+    x = torch.randn(4, 32, device=DEVICE)
+    with torch.device("meta"):
+        packed = quantize_mxfp4(x, mode="backward", backend=backend)
+    assert torch.equal(packed.codes, quantize_mxfp4(x, mode="backward", backend=backend).codes)
+
+
+def test_the_environment_asks_for_a_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv("QUARTET_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="QUARTET_BACKEND is 'nonsense'; choose one of 'reference', 'native'"):
+        quantize_mxfp4(torch.zeros(1, 32))
+    assert set(available_backends("cpu")) >= set(BACKENDS)
+    monkeypatch.setenv("QUARTET_BACKEND", "fp8")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="'fp8' cannot run on cpu.*; unset QUARTET_BACKEND"):
+        quantize_mxfp4(torch.zeros(1, 32))
+    report = doctor.run()
+    assert not report["ok"]
+    assert "unset QUARTET_BACKEND" in report["devices"][0]["self-test"]["error"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

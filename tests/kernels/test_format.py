@@ -229,6 +229,7 @@ def test_each_gpu_gets_its_fastest_backend(capability, architecture, triton, cho
     monkeypatch.setattr(backends, "_capability", lambda device: capability)
     monkeypatch.setattr(backends, "_amd_architecture", lambda device: architecture)
     monkeypatch.setattr(backends, "_triton_version", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     backends._automatic.cache_clear()
     try:
         reasons = available_backends("cuda")

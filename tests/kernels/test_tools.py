@@ -50,7 +50,12 @@ def test_doctor_fails_where_numbers_are_wrong(monkeypatch, capsys):
     [
         (["bench", "--shapes", "64x64"], "write tokens x in_features x out_features"),
         (["bench", "--shapes", "64x0x32"], "write tokens x in_features x out_features"),
+        (
+            ["bench", "--shapes", "64x64x64", "64x30x32"],
+            "'64x30x32': in_features and out_features must be multiples of",
+        ),
         (["doctor", "--json", "/nonexistent/report.json"], "does not exist"),
+        (["doctor", "--json", "."], "--json: . is a folder; name a file."),
         (["train"], "invalid choice"),
     ],
 )

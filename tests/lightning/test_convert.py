@@ -484,6 +484,7 @@ def test_sixteen_threads_do_not_disturb_each_other():
         (lambda m: convert_to_quartet(m, config="quart"), ValueError, "quart"),
         (lambda m: convert_to_quartet(m, modules_to_not_convert="lm_head"), TypeError, r"\['lm_head'\]"),
         (lambda m: convert_to_quartet(m, modules_to_not_convert=[""]), TypeError, "modules_to_not_convert"),
+        (lambda m: convert_to_quartet(m, modules_to_not_convert=5), TypeError, "modules_to_not_convert is 5"),
         (lambda m: convert_to_quartet(m, modules_to_not_convert=["heads"]), ValueError, "'heads'"),
         (lambda m: convert_to_quartet(m, modules_to_not_convert=["*"]), ValueError, "no linear layer"),
         (lambda m: convert_to_quartet(nn.ReLU()), ValueError, "no nn.Linear"),
@@ -495,6 +496,7 @@ def test_sixteen_threads_do_not_disturb_each_other():
         (lambda m: set_quartet_step(m, 2**32), ValueError, "4294967296"),
         (lambda m: set_quartet_step(m, 0, 2**16), ValueError, "micro_batch is 65536"),
         (lambda m: set_quartet_step(m, 1.5), TypeError, "1.5"),
+        (lambda m: set_quartet_step(m, 0, rank=-1), ValueError, "rank is -1; it must be at least 0"),
         (lambda m: QuartetLinear(33, 32), ValueError, "33"),
         (lambda m: QuartetLinear(32, 40), ValueError, "40"),
     ],
@@ -524,3 +526,18 @@ def test_quartet_linear_can_be_made_directly():
     layer = QuartetLinear(32, 64, bias=False, config=QuartetConfig(seed=3))
     assert layer(torch.randn(2, 3, 32)).shape == (2, 3, 64)
     assert "seed=3" in repr(layer)
+
+
+def test_the_report_names_layers_that_keep_what_they_were():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    convert_to_quartet(model)
+    assert convert_to_quartet(model).unchanged == {}
+    report = convert_to_quartet(model, config="bf16_backward", modules_to_not_convert=["1"])
+    assert report.unchanged == {"0": "keeps QuartetConfig()", "1": "matches '1'"}
+    assert "converted before 1: matches '1'" in str(report)
+
+
+def test_processes_that_share_a_batch_can_share_random_bits():
+    layer = QuartetLinear(32, 32)
+    set_quartet_step(layer, 3, 5, rank=2)
+    assert layer._quartet_seed.tolist() == [0, 3, (2 << 16) + 5]

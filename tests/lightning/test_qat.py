@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import signal
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -762,3 +763,91 @@ def test_layers_with_another_config_keep_it_with_a_warning():
     revert_from_quartet(model)
     fit(model, QuartetQAT("quartet"))
     assert model.net[0].quartet_config.backward_rounding == "nearest"
+
+
+# Runs after runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "enabled"), [(10, None, True), (11, None, False), (0, 10, False), (0, 11, True)]
+)
+def test_a_checkpoint_is_evaluated_in_the_phase_that_follows_it(tmp_path, start, end, enabled):
+    def callback():
+        return QuartetQAT(start_step=start, end_step=end)
+
+    model, t = make(batches=10), trainer(callbacks=[callback()])
+    t.fit(model)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    other = make(batches=10)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuartetQAT")
+        trainer(callbacks=[callback()]).validate(other, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert {layer.quartet_enabled for layer in (model.net[0], other.net[0])} == {enabled}
+
+
+def test_weights_of_an_unknown_step_are_said_to_be():
+    with pytest.warns(UserWarning, match="does not know how many steps these weights were trained and takes 0"):
+        trainer(callbacks=[QuartetQAT(start_step=3)]).validate(make(), verbose=False)
+
+
+def test_micro_batches_without_end():
+    class Full(QuartetQAT):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            self._step, self._micro_batch = 0, 2**16 - 3
+
+    model = make()
+    fit(model, Full(), accumulate_grad_batches=10)
+    assert [note[2][2] for note in model.notes][:4] == [2**16 - 2, 2**16 - 1, 0, 1]
+
+
+def test_layers_of_an_earlier_fit_that_should_be_others_now_are_named():
+    model = make()
+    fit(model)
+    with pytest.warns(UserWarning, match=r"stay as they are, net\.0 \(matches 'net\.0'\): call revert_from_quartet"):
+        fit(model, QuartetQAT(modules_to_not_convert=["net.0"]))
+    with pytest.warns(UserWarning, match=r"net\.0 \(keeps QuartetConfig\(\)\) and 1 more"):
+        fit(model, QuartetQAT("bf16_backward"))
+
+
+def test_training_on_without_the_callback_is_warned_of(monkeypatch):
+    from lightning_quartet import linear
+
+    model = make()
+    fit(model)
+    monkeypatch.setattr(linear, "_warned", False)
+    with pytest.warns(UserWarning, match="its step was never set"):
+        trainer().fit(model)
+
+
+@pytest.mark.parametrize("kind", ["none", "extra"])
+def test_optimizers_that_train_nothing_of_the_model(kind):
+    class Odd(Toy):
+        def configure_optimizers(self):
+            if kind == "none":
+                return None
+            self.automatic_optimization = False
+            self.outside = [torch.zeros(1, requires_grad=True)]
+            return torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.outside, 0.1)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if kind == "extra":
+                self.manual_backward(loss + self.outside[0].sum())
+                for optimizer in self.optimizers():
+                    optimizer.step()
+            return loss
+
+    model = make(Odd)
+    fit(model)
+    assert len(model.losses) == 10
+
+
+def test_a_resumed_run_with_other_layers_or_phases_is_warned_of(tmp_path):
+    model, t = make(), trainer(max_epochs=1, callbacks=[QuartetQAT()])
+    t.fit(model)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    expected = "another QuartetQAT .modules_to_not_convert: None in the checkpoint, .'net.0'. now; start_step: 0 in"
+    t = trainer(max_epochs=2, callbacks=[QuartetQAT(modules_to_not_convert=["net.0"], start_step=30)])
+    with pytest.warns(UserWarning, match=expected):
+        t.fit(make(), ckpt_path=tmp_path / "a.ckpt")

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from toy import LateToy, Toy, assert_same, make, trainer, weights
 
 from lightning_quartet import QuartetConfig, QuartetPrecision, QuartetQAT
@@ -148,3 +150,41 @@ def test_killed_at_random_moments(tmp_path, kills):
     assert run_script(tmp_path / "whole", delay=0).wait() == 0
     states = [torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("killed", "whole")]
     assert_same(*states)
+
+
+class Failing(Toy):
+    """Batches are alike, so that the one that fails can be repeated; it fails in the forward or in the backward."""
+
+    where: str | None = None
+
+    def train_dataloader(self):
+        batch = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
+        return DataLoader(batch.repeat(self.batches, 1), batch_size=4)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 5 and self.where == "forward":
+            raise RuntimeError("stop")
+        if batch_idx == 5 and self.where == "backward":
+            loss.register_hook(lambda gradient: 1 / 0)
+        return loss
+
+
+@pytest.mark.parametrize("kind", ["callback", "plugin"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_that_failed_is_repeated_with_the_same_random_bits(tmp_path, kind, where, accumulate):
+    def new_trainer():
+        options = parts(kind, "quartet")
+        options["callbacks"] = [*options.get("callbacks", []), pl.callbacks.OnExceptionCheckpoint(tmp_path)]
+        return trainer(max_epochs=1, accumulate_grad_batches=accumulate, enable_checkpointing=True, **options)
+
+    whole, first, second = (make(Failing, dropout=0.0) for _ in range(3))
+    new_trainer().fit(whole)
+    first.where = where
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        new_trainer().fit(first)
+    new_trainer().fit(second, ckpt_path=tmp_path / "on_exception.ckpt", weights_only=True)
+    assert second.notes == whole.notes[5:]
+    if accumulate == 1:  # gradients summed so far are in no checkpoint
+        assert_same(weights(whole), weights(second))

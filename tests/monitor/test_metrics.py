@@ -144,6 +144,20 @@ def test_merging_alignment_is_exact() -> None:
     assert all(reduction([1, 2]) == 3 for reduction in _sums(GradientAlignment()))
 
 
+@pytest.mark.parametrize("make", [QuantizationSNR, GradientAlignment])
+def test_sums_survive_the_cast_of_the_module_they_belong_to(make: type) -> None:
+    metric, cast = make(), make()
+    for step in range(2000):
+        inputs = (torch.ones(2, 32) * (1 + step % 7),) * (2 if make is GradientAlignment else 1)
+        metric.update(*inputs)
+        cast.update(*inputs)
+        if step == 0:
+            torch.nn.ModuleList([cast]).to(torch.bfloat16)
+    name = "signal" if make is QuantizationSNR else "dot"
+    assert getattr(cast, name).dtype == torch.float64
+    assert getattr(cast, name) == pytest.approx(getattr(metric, name).item(), rel=1e-2)
+
+
 def test_zeros_have_no_noise_and_infinities_show() -> None:
     dead, broken = QuantizationSNR(), QuantizationSNR()
     dead.update(torch.zeros(2, 64))

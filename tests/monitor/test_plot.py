@@ -88,8 +88,10 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
 
 def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty, other, broken = tmp_path / "empty", tmp_path / "other", tmp_path / "broken"
+    empty, other, broken, bytes_ = (tmp_path / name for name in ("empty", "other", "broken", "bytes"))
     empty.mkdir()
+    bytes_.mkdir()
+    (bytes_ / "metrics.csv").write_bytes(b"\xff\xfe\n")
     for folder, text in ((other, "epoch,step,accuracy\n0,1,0.5\n"), (broken, "epoch,step,loss\n0,1,nonsense\n")):
         folder.mkdir()
         (folder / "metrics.csv").write_text(text)
@@ -98,6 +100,7 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (empty, "has neither event files of TensorBoard nor a metrics.csv"),
         (other, "no scalar with 'loss' in its name"),
         (broken, "is not a metrics.csv of Lightning's CSVLogger"),
+        (bytes_, "is not a metrics.csv of Lightning's CSVLogger"),
     ):
         assert main(["plot", str(folder)]) == 1
         said = capsys.readouterr().err

@@ -17,7 +17,7 @@ from .quantize import quantize_backward, quantize_forward
 from .requantize import requantize
 
 FAST_ACCUMULATION = 16384
-"""Longest sum of rotated operands whose fast FP8 accumulation was measured to be harmless, see BENCHMARKS.md."""
+"""Longest sum of rotated operands for which "auto" takes fast FP8 accumulation; what it costs is in BENCHMARKS.md."""
 
 
 def make_backend(name: str) -> Backend:
@@ -123,9 +123,10 @@ def _matmul_dense(
     out_dtype: torch.dtype,
     accumulation: str = "auto",
 ) -> Tensor:
-    if mask is None and matrix is None and alpha == 1 and out_dtype == torch.bfloat16 and a.is_cuda:
+    exact_bias = bias is None or bias.dtype == out_dtype
+    if mask is None and matrix is None and alpha == 1 and out_dtype == torch.bfloat16 and a.is_cuda and exact_bias:
         # cuBLAS rounds its float32 accumulator once, after the bias.
-        return a @ b.t() if bias is None else torch.addmm(bias.to(out_dtype), a, b.t())
+        return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
     product = _dense_product(a, b.t())
     if bias is not None:
         return (product * alpha + bias.to(torch.float32)).to(out_dtype)

@@ -430,5 +430,6 @@ def decode_linear(
         [M, N] of out_dtype.
     """
     codes, scales = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (codes.contiguous(), scales.contiguous()))
+    bias = None if bias is None else bias.contiguous()
     few = quantize_few(x, config)  # before the product, with nothing between: it waits for all that was before
     return multiply_few(*few, codes, scales, x.shape[0], alpha=alpha, bias=bias, out_dtype=out_dtype)

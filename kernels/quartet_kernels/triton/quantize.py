@@ -159,7 +159,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 @lru_cache
 def inverse_root(width: int) -> float:
     """fl(width^-1/2) in float32."""
-    return torch.tensor(width**-0.5, dtype=torch.float32).item()
+    return torch.tensor(width**-0.5, dtype=torch.float32, device="cpu").item()  # whatever the default device
 
 
 def empty_codes(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
