@@ -143,13 +143,8 @@ def test_exception_in_the_middle_leaves_a_usable_model(error, revert, model_clas
 
     model = make(Failing)
     t = trainer(callbacks=[QuartetQAT(revert_on_end=revert)])
-    # A shell's background jobs ignore Ctrl-C, and Lightning leaves it ignored once it has seen one.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(RuntimeError if error is RuntimeError else SystemExit):
-            t.fit(model)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(RuntimeError if error is RuntimeError else SystemExit):
+        t.fit(model)
     assert "configure_model" not in model.__dict__
     assert type(t.strategy.precision_plugin) is pl.plugins.precision.Precision
     assert bool(quartet_names(model)) != revert
