@@ -1,6 +1,6 @@
 """convert_to_quartet: the one place where ``nn.Linear`` layers become QuartetLinear, and the way back."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -114,10 +114,11 @@ def resolve_patterns(patterns: Sequence[str] | None) -> tuple[str, ...] | None:
     """Patterns as a tuple, checked."""
     if patterns is None:
         return None
-    listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    if not listed or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+    listed = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    given: tuple[Any, ...] = tuple(patterns) if listed else (None,)
+    if not all(isinstance(pattern, str) and pattern for pattern in given):
         raise TypeError(f"modules_to_not_convert is {patterns!r}; pass a list of names such as ['lm_head'], or None.")
-    return tuple(patterns)
+    return given
 
 
 def convert(

@@ -71,6 +71,10 @@ class QuartetPrecision(Precision):
         self._models = nn.ModuleList()
         self._step, self._micro_batch = 0, -1  # -1: no forward since the last optimizer step
         self._rank: int | None = None
+        # In a Trainer: its counts of batches; the batch that is under way, and where the one before it ended.
+        self._progress: Any = None
+        self._batch: int | None = None
+        self._before = (0, -1)
         self._inside = False  # a forward context
         self._trained: dict[str, Any] = {}  # for checkpoints: how the layers compute
 
@@ -108,6 +112,7 @@ class QuartetPrecision(Precision):
                 assert trainer is not None  # for the type checker
                 self._step, self._micro_batch = trainer.global_step, -1  # another Trainer begins anew
                 self._rank = data_parallel_rank(trainer.strategy)
+                self._progress, self._batch = trainer.fit_loop.epoch_loop.batch_progress, None
         return self._plain.convert_module(module)
 
     @override
@@ -120,24 +125,16 @@ class QuartetPrecision(Precision):
             self._plain.device = next(self._models.parameters()).device.type
         outer, self._inside = self._inside, True
         try:
-            with self._repeated_after_exception(), self._plain.forward_context():
+            with self._plain.forward_context():
                 yield
         finally:
             self._inside = outer
 
-    @contextmanager
-    def _repeated_after_exception(self) -> Generator[None, None, None]:
-        """Around what belongs to a batch: a run that is resumed from a checkpoint of an exception repeats the batch."""
-        step, micro_batch = self._step, self._micro_batch
-        try:
-            yield
-        except BaseException:
-            if torch.is_grad_enabled() and self._step == step:
-                self._micro_batch = micro_batch - 1
-            raise
-
     def _next_micro_batch(self) -> None:
         if len(self._models) > 0:
+            if self._progress is not None and self._progress.total.started != self._batch:
+                self._batch = self._progress.total.started
+                self._before = self._step, self._micro_batch
             self._micro_batch += 1
             set_quartet_step(self._models, self._step, self._micro_batch % MICRO_BATCHES, rank=self._rank)
 
@@ -153,7 +150,13 @@ class QuartetPrecision(Precision):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The plain plugin's state (its scaler's), the step and the micro-batch, and how the layers compute."""
-        steps = {"step": self._step, "micro_batch": self._micro_batch}
+        step, micro_batch = self._step, self._micro_batch
+        if self._progress is not None and self._progress.total.started == self._batch:
+            # Saved in the middle of a batch (after an exception, or by SLURM's signal), which a resumed run repeats.
+            whole = self._progress.current.started <= self._progress.current.processed
+            if not whole and self._before[0] == step:
+                micro_batch = self._before[1]
+        steps = {"step": step, "micro_batch": micro_batch}
         return {"plain": self._plain.state_dict(), **steps, **self._trained}
 
     @override
@@ -192,8 +195,7 @@ class QuartetPrecision(Precision):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        with self._repeated_after_exception():
-            self._plain.backward(*args, **kwargs)
+        self._plain.backward(*args, **kwargs)
 
     @override
     def post_backward(self, *args: Any, **kwargs: Any) -> Any:

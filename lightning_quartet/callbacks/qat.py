@@ -117,7 +117,8 @@ class QuartetQAT(Callback):
             self._wrap_configure_model(pl_module)
         self._route(trainer, pl_module)
         if stage == "fit":
-            self._step, self._micro_batch = None, 0  # a checkpoint that is resumed sets them again after this
+            # A checkpoint that is resumed sets them again after this.
+            self._step, self._micro_batch, self._known_step = None, 0, None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -126,6 +127,8 @@ class QuartetQAT(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning does not call teardown after an exception.
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._known_step = trainer.global_step
         self._restore(pl_module)
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
@@ -223,7 +226,7 @@ class QuartetQAT(Callback):
             layer for layer in module.modules() if isinstance(layer, QuartetLinear) and layer not in before
         ]
         self._converted_before = converted_before(module, before.difference(self._converted))
-        if report.unchanged:
+        if report.unchanged and complete:
             name, how = next(iter(report.unchanged.items()))
             others = f" and {len(report.unchanged) - 1} more" if len(report.unchanged) > 1 else ""
             rank_zero_warn(
@@ -328,12 +331,14 @@ class QuartetQAT(Callback):
         """Switch the layers to the phase of the current step (outside fit: of the last step that is known)."""
         step = trainer.global_step
         if trainer.state.fn != TrainerFn.FITTING:
-            if self._has_phases and step == 0 and self._known_step is None:
+            if self._known_step is not None:
+                step = self._known_step
+            elif self._has_phases and step == 0:
                 rank_zero_warn(
                     f"QuartetQAT(start_step={self.start_step}, end_step={self.end_step}) does not know how many steps "
-                    "these weights were trained and takes 0; give the checkpoint as ckpt_path, or leave the steps out."
+                    "these weights were trained and takes 0; give a whole checkpoint (not save_weights_only) as "
+                    "ckpt_path, or leave the steps out."
                 )
-            step = max(step, self._known_step or 0)
         self._enable(pl_module, step)
 
     @property

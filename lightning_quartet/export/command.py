@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"lightning-quartet export: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("lightning-quartet export: interrupted; nothing was written.\n")
+        sys.stderr.write("lightning-quartet export: interrupted.\n")
         return 130
 
 

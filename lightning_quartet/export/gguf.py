@@ -95,7 +95,7 @@ def write_gguf(exported: ExportedModel, folder: Path, shard_bytes: int) -> None:
         add(f"{name}.weight", blocks(exported.packed(name)), "MXFP4")
         bias = exported.layers[name].bias
         if bias is not None:
-            add(f"{name}.bias", exported.cast(f"{name}.bias", bias).float(), "F32")
+            add(f"{name}.bias", exported.cast(f"{name}.bias", bias, torch.float32), "F32")
     for key, tensor in exported.other_tensors():
         if tensor.dim() == 1:
             add(key, tensor.float(), "F32")

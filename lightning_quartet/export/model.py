@@ -75,13 +75,14 @@ class ExportedModel:
             raise ValueError(f"The weight of {name} holds NaN or infinity; export a checkpoint from before that.")
         return MXFP4Tensor(weight.codes.detach().cpu(), weight.scales.detach().cpu(), weight.factor)
 
-    def cast(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor that is not in MXFP4, as it is saved.
+    def cast(self, key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor that is not in MXFP4, as it is saved: in ``dtype``, else in that of the export.
 
         Raises:
             ValueError: If it is a parameter that is not finite in its new dtype.
         """
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        dtype = dtype or self.dtype
+        dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         saved = tensor.detach().to("cpu", dtype).contiguous()
         if isinstance(tensor, nn.Parameter) and not saved.isfinite().all():  # buffers may be infinite: masks
             raise ValueError(

@@ -17,7 +17,7 @@ from quartet_kernels.mxfp4 import NAN_SCALE
 
 _MAX_SCALE = 252
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
-_MOST_LABELS = 10**6
+_MOST_SHARED_LAYERS, _MOST_LABELS = 1000, 10**6
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -178,7 +178,9 @@ def _check_sizes(values: dict[str, Any], folder: Path, tensors: int) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _check_sizes(value, folder, tensors)
-        most = tensors if _LAYERS.fullmatch(str(key)) else _MOST_LABELS if key == "num_labels" else None
+        # More layers than tensors share theirs.
+        layers = max(tensors, _MOST_SHARED_LAYERS)
+        most = layers if _LAYERS.fullmatch(str(key)) else _MOST_LABELS if key == "num_labels" else None
         if most is not None and isinstance(value, int) and value > most:
             raise ValueError(
                 f"{folder / 'config.json'} has {key}={value}, and for {tensors} tensors at most {most} is read."

@@ -205,6 +205,7 @@ class QuartetFSDP(ModelParallelStrategy):
         shards = [shard for weight in self._weights if (shard := _shard_of(weight)) is not None]
         for weight, shard in zip(self._weights, shards, strict=True):
             weight.grad = None
+            shard.direct_gradients.clear()  # of a backward that failed
             shard.in_backward = True
         try:
             yield
@@ -361,6 +362,8 @@ def _set_aside(shard: ShardedWeight) -> Callable[[Tensor], Tensor]:
     of the layer without calling it."""
 
     def hook(gradient: Tensor) -> Tensor:
+        if not shard.in_backward:  # torch.autograd.grad, which only asks for it
+            return gradient
         shard.direct_gradients.append(gradient)
         return torch.zeros_like(gradient)
 

@@ -312,6 +312,22 @@ class Penalised(Net):
         return super().loss(batch) + 0.1 * torch.stack(whole).sum()
 
 
+class Probed(Net):
+    """Asks for a gradient that it does not train with."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        weight = self.blocks[0].up.weight
+        square = weight.square().sum()
+        square = square.full_tensor() if hasattr(square, "full_tensor") else square
+        (gradient,) = torch.autograd.grad(square, weight)
+        self.probed = full({"": gradient})[""].norm().item()
+        return super().loss(batch)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.weights["probed"] = torch.tensor(self.probed)
+
+
 class Direct(Net):
     """Goes around the strategy in manual optimization."""
 

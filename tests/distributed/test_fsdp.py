@@ -164,10 +164,10 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_penalty_on_the_weights_has_its_own_gradient(ranks, packed, accumulate):
-    options = {"kind": scenarios.Penalised, "steps": 3, "accumulate_grad_batches": accumulate}
+@pytest.mark.parametrize("kind", [scenarios.Penalised, scenarios.Probed])
+@pytest.mark.parametrize(("packed", "accumulate"), [(True, 1), (True, 2), (False, 1)])
+def test_what_reads_a_weight_itself_gets_its_own_gradient(ranks, kind, packed, accumulate):
+    options = {"kind": kind, "steps": 3, "accumulate_grad_batches": accumulate}
     results, expected = ranks(scenarios.train, fsdp={"packed": packed}, **options), scenarios.train(1, **options)
     for name, weight in expected["weights"].items():
         assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name

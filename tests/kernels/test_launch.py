@@ -80,6 +80,11 @@ def test_profilers_hear_of_launches(compiled, monkeypatch, hook):
     assert not compiled.binary.calls
 
 
+def test_a_hook_may_be_a_plain_function(compiled, monkeypatch):
+    monkeypatch.setattr(launch_module.knobs.runtime, "launch_exit_hook", lambda metadata: None, raising=False)
+    assert launch_module._hooked()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "binaries"),
     [(3, 5, 1), (1, 3, 2), (3, 16, 2), (3, 2**31, 2), (None, 3, 2), (0.5, 1.5, 1)],

@@ -780,6 +780,16 @@ def test_a_checkpoint_is_evaluated_in_the_phase_that_follows_it(tmp_path, start,
     assert {layer.quartet_enabled for layer in (model.net[0], other.net[0])} == {enabled}
 
 
+def test_an_earlier_checkpoint_is_evaluated_in_its_phase_by_the_trainer_that_went_on(tmp_path):
+    model = make(batches=10)
+    saves = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    t = trainer(callbacks=[QuartetQAT(end_step=6), saves], enable_checkpointing=True)
+    t.fit(model)
+    for step, enabled in ((4, True), (8, False)):
+        t.test(model, ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
+        assert model.net[0].quartet_enabled is enabled
+
+
 def test_weights_of_an_unknown_step_are_said_to_be():
     with pytest.warns(UserWarning, match="does not know how many steps these weights were trained and takes 0"):
         trainer(callbacks=[QuartetQAT(start_step=3)]).validate(make(), verbose=False)

@@ -153,7 +153,7 @@ def test_killed_at_random_moments(tmp_path, kills):
 
 
 class Failing(Toy):
-    """Batches are alike, so that the one that fails can be repeated; it fails in the forward or in the backward."""
+    """Batches are alike, so that the one that fails can be repeated: in the forward, in the backward or after it."""
 
     where: str | None = None
 
@@ -169,9 +169,13 @@ class Failing(Toy):
             loss.register_hook(lambda gradient: 1 / 0)
         return loss
 
+    def on_after_backward(self):
+        if self.where == "after" and len(self.losses) == 6:
+            raise RuntimeError("stop")
+
 
 @pytest.mark.parametrize("kind", ["callback", "plugin"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "backward", "after"])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_batch_that_failed_is_repeated_with_the_same_random_bits(tmp_path, kind, where, accumulate):
     def new_trainer():

@@ -50,7 +50,7 @@ def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def _hooked() -> bool:
     """Whether a profiler (Proton) wants to hear of launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(enter is not None and enter.calls or leave is not None and leave.calls)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in (enter, leave))
 
 
 def _specialization(argument: Any) -> Any:
