@@ -59,7 +59,6 @@ class ShardedWeight(Tensor):
 
     def __init__(self, data: Tensor, out_features: int, config: QuartetConfig) -> None:
         self.plain, self.out_features, self.config = data, out_features, config
-        self.direct_gradients: list[Tensor] = []  # of the weight itself, beside those of its layer
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

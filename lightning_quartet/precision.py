@@ -151,10 +151,9 @@ class QuartetPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         """The plain plugin's state (its scaler's), the step and the micro-batch, and how the layers compute."""
         step, micro_batch = self._step, self._micro_batch
-        if self._progress is not None and self._progress.total.started == self._batch:
-            # Saved in the middle of a batch (after an exception, or by SLURM's signal), which a resumed run repeats.
-            whole = self._progress.current.started <= self._progress.current.processed
-            if not whole and self._before[0] == step:
+        if self._progress is not None and self._progress.total.started == self._batch and self._before[0] == step:
+            if self._progress.current.started > self._progress.current.processed:
+                # Saved in the middle of a batch (as QuartetQAT.state_dict may be), which a resumed run repeats.
                 micro_batch = self._before[1]
         steps = {"step": step, "micro_batch": micro_batch}
         return {"plain": self._plain.state_dict(), **steps, **self._trained}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bench_decode
-from .backends import available_backends, select_backend
+from .backends import _missing, select_backend
 from .config import QuartetConfig
 from .linear import quartet_linear
 from .philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, SIGNS_DX, make_seed
@@ -184,7 +184,7 @@ def linears(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Row]
         candidates["quartet_stochastic"] = ours(backward_rounding="stochastic")
         candidates["mxfp8_backward"] = ours(backward_dtype="mxfp8")
         candidates["bf16_backward"] = ours(backward_dtype="bf16")
-        if available_backends(device)["bf16"].startswith("can run"):
+        if _missing("bf16", device) is None:
             pseudo = ours(backward_dtype="bf16", backend="bf16")
             candidates["pseudo-quantised (bf16 operands, bf16 backward)"] = pseudo
         candidates |= _torchao(linear)

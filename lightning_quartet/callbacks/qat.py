@@ -377,27 +377,25 @@ class QuartetQAT(Callback):
         self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
         saved, mine = state_dict["config"], self.config.to_dict()
         names = [name for name in {**mine, **saved} if name not in _NOT_NUMERICS]
-        changed = [
-            f"{name}: {saved.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
-            for name in names
-            if saved.get(name) != mine.get(name)
-        ]
-        if changed:
-            rank_zero_warn(f"The checkpoint was trained with another QuartetConfig ({'; '.join(changed)}).")
-        mine = self.state_dict()
-        changed = [
-            f"{name}: {state_dict[name]!r} in the checkpoint, {mine[name]!r} now"
-            for name in ("modules_to_not_convert", "start_step", "end_step")
-            if name in state_dict and state_dict[name] != mine[name]
-        ]
-        if changed:
-            rank_zero_warn(f"The checkpoint was trained with another QuartetQAT ({'; '.join(changed)}).")
+        _warn_of_changes("QuartetConfig", names, saved, mine)
+        names = [name for name in ("modules_to_not_convert", "start_step", "end_step") if name in state_dict]
+        _warn_of_changes("QuartetQAT", names, state_dict, self.state_dict())
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._known_step = checkpoint["global_step"]
+
+
+def _warn_of_changes(kind: str, names: Sequence[str], saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    changed = [
+        f"{name}: {saved.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
+        for name in names
+        if saved.get(name) != mine.get(name)
+    ]
+    if changed:
+        rank_zero_warn(f"The checkpoint was trained with another {kind} ({'; '.join(changed)}).")
 
 
 class _Routing(Precision):

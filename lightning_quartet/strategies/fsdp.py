@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quartet.callbacks import QuartetQAT
@@ -107,7 +106,6 @@ class QuartetFSDP(ModelParallelStrategy):
         self.reduce_every_batch = reduce_every_batch
         self._root: nn.Module
         self._weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
-        self._hooks: list[RemovableHandle] = []  # on them
         self._finishes = False  # has any backward gone through this strategy
 
     # Set-up ----------------------------------------------------------------------------------------------------------
@@ -134,11 +132,6 @@ class QuartetFSDP(ModelParallelStrategy):
         self._root.to(self.root_device)
         # Taken now: while a block is gathered, these are not among the model's parameters.
         self._weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
-        self._hooks = [
-            weight.register_hook(_set_aside(shard))
-            for weight in self._weights
-            if weight.requires_grad and (shard := _shard_of(weight)) is not None
-        ]
         self._finishes = False
         self.barrier()
 
@@ -205,23 +198,31 @@ class QuartetFSDP(ModelParallelStrategy):
         shards = [shard for weight in self._weights if (shard := _shard_of(weight)) is not None]
         for weight, shard in zip(self._weights, shards, strict=True):
             weight.grad = None
-            shard.direct_gradients.clear()  # of a backward that failed
             shard.in_backward = True
+        # Gradients of what reads a weight itself (a penalty, say) are not rotated; FSDP2 stores those of its layer
+        # without calling hooks.
+        direct: list[list[Tensor]] = [[] for _ in shards]
+        hooks = [
+            weight.register_hook(functools.partial(_set_aside, gradients))
+            for weight, gradients in zip(self._weights, direct, strict=True)
+            if weight.requires_grad
+        ]
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for shard in shards:
                 shard.in_backward = False
         with torch.no_grad():
-            for weight, shard, old in zip(self._weights, shards, before, strict=True):
+            for weight, shard, gradients, old in zip(self._weights, shards, direct, before, strict=True):
                 if weight.grad is None:
                     weight.grad = old
                     continue
                 shard.finish_gradient(weight.grad._local_tensor)  # type: ignore[attr-defined]
-                for gradient in (*shard.direct_gradients, old):
+                for gradient in (*gradients, old):
                     if gradient is not None:
                         weight.grad += gradient
-                shard.direct_gradients.clear()
 
     @override
     def optimizer_step(
@@ -237,12 +238,6 @@ class QuartetFSDP(ModelParallelStrategy):
                 "weights: call self.manual_backward(loss) instead of loss.backward()."
             )
         return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-    @override
-    def teardown(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        super().teardown()
 
     @override
     @contextmanager
@@ -357,17 +352,9 @@ def _pack_when_gathered(block: nn.Module, sole: Sequence[QuartetLinear], device:
             layer.weight = nn.Parameter(shard, weight.requires_grad)
 
 
-def _set_aside(shard: ShardedWeight) -> Callable[[Tensor], Tensor]:
-    """A hook for gradients of what reads the weight itself (a penalty, say), which are not rotated: FSDP2 stores those
-    of the layer without calling it."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        if not shard.in_backward:  # torch.autograd.grad, which only asks for it
-            return gradient
-        shard.direct_gradients.append(gradient)
-        return torch.zeros_like(gradient)
-
-    return hook
+def _set_aside(kept: list[Tensor], gradient: Tensor) -> Tensor:
+    kept.append(gradient)
+    return torch.zeros_like(gradient)
 
 
 def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:
