@@ -263,6 +263,12 @@ def converted_before(root: nn.Module, layers: Collection[nn.Module]) -> list[dic
     return [{"config": config.to_dict(), "layers": names} for config, names in groups.items()]
 
 
+def trained_as(config: QuartetConfig, patterns: Sequence[str] | None, before: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint says of how its layers were trained, as plain values; ``export`` reads it."""
+    listed = None if patterns is None else [*patterns]
+    return {"config": config.to_dict(), "modules_to_not_convert": listed, "converted_before": before}
+
+
 def without_wrappers(name: str) -> str:
     """A name without the components that ``torch.compile``, activation checkpointing and FSDP add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quartet.linear import QuartetLinear, _warn_step_never_set
+from lightning_quartet.linear import QuartetLinear, _is_dtensor, _warn_step_never_set
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
 from quartet_kernels.mxfp4 import GROUP_SIZE
 from quartet_kernels.ops import forward_factor
@@ -134,7 +134,7 @@ def pack_layers(layers: Iterable[QuartetLinear]) -> int:
                 f"pack_quartet: the weight of a {type(layer).__name__} is computed from other parameters, as pruning "
                 "and weight normalisation do; undo that first, for example with torch.nn.utils.prune.remove."
             )
-        if hasattr(layer.weight, "full_tensor"):
+        if _is_dtensor(layer.weight):
             raise ValueError(
                 "pack_quartet: a weight is a DTensor, sharded over several devices; pack the model before it is "
                 "sharded, or load a consolidated checkpoint."

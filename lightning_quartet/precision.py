@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_quartet.convert import convert_to_quartet, converted_before, resolve_config, resolve_patterns
+from lightning_quartet.convert import convert_to_quartet, converted_before, resolve_config, resolve_patterns, trained_as
 from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step
 from quartet_kernels import QuartetConfig
 
@@ -103,11 +103,7 @@ class QuartetPrecision(Precision):
                 rank_zero_info(str(report))
             if not any(module is model for model in self._models):
                 self._models.append(module)
-            self._trained = {
-                "config": report.config.to_dict(),
-                "modules_to_not_convert": self.modules_to_not_convert and [*self.modules_to_not_convert],
-                "converted_before": converted_before(module, before),
-            }
+            self._trained = trained_as(report.config, self.modules_to_not_convert, converted_before(module, before))
             if in_trainer:
                 assert trainer is not None  # for the type checker
                 self._step, self._micro_batch = trainer.global_step, -1  # another Trainer begins anew

@@ -64,13 +64,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def _check_name(name: str) -> None:
-    if name not in _REQUIREMENTS:
-        raise ValueError(f"There is no backend {name!r}; choose one of {_names()}.")
-
-
-def _names() -> str:
-    return ", ".join(map(repr, ("reference", *_REQUIREMENTS)))
+def _check_name(name: str, wrong: str = "There is no backend {!r}") -> None:
+    names = ("reference", *_REQUIREMENTS)
+    if name not in names:
+        raise ValueError(f"{wrong.format(name)}; choose one of {', '.join(map(repr, names))}.")
 
 
 @functools.cache
@@ -200,8 +197,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backe
     advice = "use backend='auto'"
     if name == "auto" and (name := os.environ.get(BACKEND_VARIABLE, "") or "auto") != "auto":
         advice = f"unset {BACKEND_VARIABLE}"
-        if name != "reference" and name not in _REQUIREMENTS:
-            raise ValueError(f"{BACKEND_VARIABLE} is {name!r}; choose one of {_names()}.")
+        _check_name(name, BACKEND_VARIABLE + " is {!r}")
     if name == "auto":
         return REFERENCE if dtype == torch.float64 else load_backend(_automatic(device))
     if missing := _missing(name, device):

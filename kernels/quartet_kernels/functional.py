@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .backends import load_backend, select_backend
 from .config import QuartetConfig
-from .linear import FLOAT_DTYPES, _checked_signs, _seed_tensor
+from .linear import FLOAT_DTYPES, _check_layout, _checked_signs, _seed_tensor
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .ops import BACKWARD_FACTOR, forward_factor, no_autocast
 from .philox import GRAD
@@ -49,8 +49,7 @@ def quantize_mxfp4(
     config = QuartetConfig() if config is None else config
     if not isinstance(config, QuartetConfig):
         raise TypeError(f"config is {config!r}; pass a QuartetConfig or None.")
-    if x.layout is not torch.strided or x.is_nested:
-        raise TypeError("x is a sparse or nested tensor; use an ordinary one, for example its values().")
+    _check_layout("x", x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16, float16 or float64.")
     if mode not in ("forward", "backward"):

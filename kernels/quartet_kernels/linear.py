@@ -227,6 +227,11 @@ def _constant_seed(seed: int, device: torch.device) -> Tensor:
         return torch.tensor(make_seed(seed), dtype=torch.int64, device=device)
 
 
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} is a sparse or nested tensor; use an ordinary one, for example its values().")
+
+
 def _check(
     x: Tensor,
     weight: Tensor | MXFP4Tensor,
@@ -251,8 +256,7 @@ def _check(
     for name, tensor in (("x", x), ("weight", stored), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            raise TypeError(f"{name} is a sparse or nested tensor; use an ordinary one, for example its values().")
+        _check_layout(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device.")
         if tensor.dtype not in FLOAT_DTYPES and not (name == "weight" and isinstance(weight, MXFP4Tensor)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quartet.convert import convert, converted_before, resolve_config, resolve_patterns, revert
+from lightning_quartet.convert import convert, converted_before, resolve_config, resolve_patterns, revert, trained_as
 from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step, unset_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear
 from lightning_quartet.precision import QuartetPrecision, data_parallel_rank
@@ -363,9 +363,7 @@ class QuartetQAT(Callback):
         # Primitives only: the Trainer loads checkpoints with weights_only=True.
         return {
             "version": _STATE_VERSION,
-            "config": self.config.to_dict(),
-            "modules_to_not_convert": None if self.modules_to_not_convert is None else [*self.modules_to_not_convert],
-            "converted_before": self._converted_before,
+            **trained_as(self.config, self.modules_to_not_convert, self._converted_before),
             "start_step": self.start_step,
             "end_step": self.end_step,
             "step": step,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quartet.convert import layer_names, without_wrappers
-from lightning_quartet.linear import QuartetLinear
+from lightning_quartet.linear import QuartetLinear, _is_dtensor
 from quartet_kernels import MXFP4Tensor, QuartetConfig
 from quartet_kernels.mxfp4 import NAN_SCALE
 
@@ -193,7 +193,7 @@ def find_layers(model: Any) -> tuple[dict[str, QuartetLinear], QuartetConfig]:
             f"{type(model).__name__} has no QuartetLinear layers; convert it as it was trained, with "
             "convert_to_quartet(model, config=...), before exporting."
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(map(_is_dtensor, model.parameters())):
         raise ValueError(
             "A weight is a DTensor, sharded over several devices; export the model of a consolidated checkpoint."
         )

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_quartet.callbacks import QuartetQAT
 from lightning_quartet.gathered import ShardedWeight
-from lightning_quartet.linear import QuartetLinear
+from lightning_quartet.linear import QuartetLinear, _is_dtensor
 from lightning_quartet.packed import PackedQuartetLinear
 
 _ENTRIES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -364,7 +364,7 @@ def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(parameter, "_local_tensor") for parameter in module.parameters(recurse=False))
+    return any(map(_is_dtensor, module.parameters(recurse=False)))
 
 
 def _plain(value: Any) -> Any:
