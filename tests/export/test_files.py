@@ -221,7 +221,7 @@ def adapted(config) -> nn.Module:
 
 
 def test_a_sharded_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(nn.Parameter, "full_tensor", None, raising=False)
+    monkeypatch.setattr(nn.Parameter, "_local_tensor", None, raising=False)
     with pytest.raises(ValueError, match="a consolidated checkpoint"):
         export_quartet(llama(CONFIG), "quartet", tmp_path / "a")
 
