@@ -70,11 +70,14 @@ def test_a_product_is_rounded_before_the_sum_that_follows(transpose):
     _, quantize_backward, *_ = kernels()
     x = half_way().cuda()
     x = x.t().contiguous() if transpose else x
-    ours = quantize_backward(x, transpose=transpose)
-    for a, b in zip(ours, reference.quantize_backward_packed(x, transpose=transpose), strict=True):
+    arguments = {
+        "signs": None, "sign_role": None, "seed": None, "role": 0, "rounding": "nearest", "transpose": transpose,
+    }  # fmt: skip
+    ours = quantize_backward(x, **arguments)
+    for a, b in zip(ours, reference.quantize_backward(x, packed=True, **arguments), strict=True):
         assert torch.equal(a, b)
-    data, scale = quantize_backward(x, transpose=transpose, operand="fp8")
-    values, _ = reference.quantize_backward(x, transpose=transpose)
+    data, scale = quantize_backward(x, operand="fp8", **arguments)
+    values, _ = reference.quantize_backward(x, **arguments)
     assert torch.equal(data.float() * scale[:, None], values)
 
 
