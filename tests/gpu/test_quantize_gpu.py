@@ -74,7 +74,7 @@ def test_a_product_is_rounded_before_the_sum_that_follows(transpose):
         "signs": None, "sign_role": None, "seed": None, "role": 0, "rounding": "nearest", "transpose": transpose,
     }  # fmt: skip
     ours = quantize_backward(x, **arguments)
-    for a, b in zip(ours, reference.quantize_backward(x, packed=True, **arguments), strict=True):
+    for a, b in zip(ours, reference.quantize_backward_packed(x, **arguments), strict=True):
         assert torch.equal(a, b)
     data, scale = quantize_backward(x, operand="fp8", **arguments)
     values, _ = reference.quantize_backward(x, **arguments)
