@@ -58,17 +58,19 @@ def draw_curves(axes: Axes, results: list[Result]) -> None:
 
 
 def draw_differences(axes: Axes, results: list[Result], baseline: str = "bf16") -> None:
-    """Validation loss less the baseline's, a point for each pair, and mean and standard error."""
+    """Validation loss less the baseline's, a point for each pair, and mean and standard error; lowest mean first."""
     found = {(result["run"], result["seed"]): result["val_loss"] for result in results}
-    runs = [run for run in dict.fromkeys(run for run, _ in found) if run != baseline]
+    gaps: dict[str, list[float]] = {}
+    for (run, seed), loss in found.items():
+        gaps.setdefault(run, []).append(loss - found[baseline, seed])
+    runs = sorted(set(gaps) - {baseline}, key=lambda run: statistics.mean(gaps[run]))
     for number, run in enumerate(runs):
-        gaps = [loss - found[baseline, seed] for (name, seed), loss in found.items() if name == run]
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5
-        axes.plot([number] * len(gaps), gaps, "o", color="tab:gray", markersize=4)
-        axes.errorbar(number + 0.15, statistics.mean(gaps), error, fmt="s", color="tab:blue", capsize=4)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(runs)), runs)
-    axes.set(ylabel=f"validation loss less {baseline}'s", xlim=(-0.5, len(runs) - 0.5))
+        axes.plot(gaps[run], [number] * len(gaps[run]), "o", color="tab:gray", markersize=4)
+        error = statistics.stdev(gaps[run]) / len(gaps[run]) ** 0.5 if len(gaps[run]) > 1 else None
+        axes.errorbar(statistics.mean(gaps[run]), number - 0.2, xerr=error, fmt="s", color="tab:blue", capsize=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(runs)), runs)
+    axes.set(xlabel=f"validation loss less {baseline}'s", ylim=(len(runs) - 0.4, -0.6))
 
 
 def main() -> None:
@@ -84,7 +86,8 @@ def main() -> None:
         results = read_results(file)
         drawings = [draw_curves] if "losses" in results[0] else []  # curves need not be kept
         drawings.append(draw_differences)
-        figure = Figure(figsize=(4.5 * len(drawings), 3.2), layout="constrained")
+        runs = len({result["run"] for result in results})
+        figure = Figure(figsize=(4.5 * len(drawings), max(3.2, 0.26 * runs)), layout="constrained")
         for axes, draw in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
             draw(axes, results)
         figure.savefig(options.out / f"study_{file.stem}.png", dpi=100)

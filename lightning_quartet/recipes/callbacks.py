@@ -113,7 +113,9 @@ class TextSample(Callback):
         ids = [separator, *tokenizer.encode(self.prompt, add_special_tokens=False).ids]
         training = pl_module.training
         pl_module.eval()
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        # Compiled layers would be compiled anew for every length.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), eager:
             out = pl_module.model.generate(  # type: ignore[operator, union-attr]
                 input_ids=torch.tensor([ids], device=pl_module.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=pl_module.device),

@@ -38,7 +38,8 @@ class CausalLM(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         lora: Fields of peft's ``LoraConfig``, such as ``r`` and ``target_modules``: adapters of this kind are trained
             and everything else is frozen. Needs the package ``peft``.
-        compile_layers: Compile each decoder layer with ``torch.compile``.
+        compile_layers: Compile each decoder layer with ``torch.compile``; a string is its ``mode``:
+            ``"reduce-overhead"`` replays CUDA graphs, without which the host cannot keep up in small layers.
 
     Raises:
         ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown.
@@ -55,7 +56,7 @@ class CausalLM(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_steps: int = 0,
         lora: dict[str, Any] | None = None,
-        compile_layers: bool = False,
+        compile_layers: bool | str = False,
     ) -> None:
         super().__init__()
         if (config is None) == (pretrained is None):
@@ -69,7 +70,7 @@ class CausalLM(LightningModule):
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
         if compile_layers:
             for layer in self.model.get_decoder().layers:
-                layer.compile()
+                layer.compile(mode=compile_layers if isinstance(compile_layers, str) else None)
         if lora is not None:
             self.model = _adapted(self.model, lora)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)

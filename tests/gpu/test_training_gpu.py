@@ -195,6 +195,34 @@ def test_two_thousand_steps_do_not_grow(compiled, tmp_path):
     assert sum(count for name, count in held[0].items() if name.endswith("_kernel")) > 0
 
 
+def test_cuda_graphs_of_compiled_layers_change_no_number(tmp_path):
+    """With gradients of two batches summed, and a validation in between whose last batch is smaller."""
+    from lightning_quartet.recipes import CausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    tokens = torch.randint(128, (36, 33), generator=torch.Generator().manual_seed(0))
+    found = []
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        pl.seed_everything(0)
+        model = CausalLM({**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2}, compile_layers=mode)
+        trainer = pl.Trainer(
+            callbacks=[QuartetQAT()],
+            precision="bf16-mixed",
+            accumulate_grad_batches=2,
+            max_epochs=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(model, DataLoader(tokens[:32], batch_size=4), DataLoader(tokens, batch_size=8))
+        found.append((trainer.callback_metrics["val_loss"], model.state_dict()))
+    assert trainer.global_step == 12
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("jsonargparse") is None, reason="needs jsonargparse")
 def test_the_main_job(tmp_path, monkeypatch):
     from lightning_quartet.cli import main

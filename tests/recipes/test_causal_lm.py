@@ -47,8 +47,10 @@ def test_it_learns_logs_and_draws_its_curve(tmp_path: Path) -> None:
 
 
 def test_layers_are_compiled_and_adapters_added_on_demand() -> None:
-    layers = [CausalLM(TINY, compile_layers=on).model.get_decoder().layers[0] for on in (False, True)]
-    assert [layer._compiled_call_impl is not None for layer in layers] == [False, True]
+    layers = [CausalLM(TINY, compile_layers=on).model.get_decoder().layers[0] for on in (False, True, "default")]
+    assert [layer._compiled_call_impl is not None for layer in layers] == [False, True, True]
+    with pytest.raises(RuntimeError, match="Unrecognized mode"):
+        CausalLM(TINY, compile_layers="fastest")
     model = CausalLM(TINY, lora={"r": 4, "target_modules": "all-linear"})
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 14

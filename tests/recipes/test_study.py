@@ -45,7 +45,7 @@ def arguments(tmp_path: Path) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     tokens = {
         name: torch.randint(0, 64, (size,), dtype=torch.int16, generator=generator)
-        for name, size in (("train", 2000), ("validation", 300))
+        for name, size in (("train", 230), ("validation", 300))  # four steps take more than one epoch
     }
     file = tmp_path / "tokens.safetensors"
     save_file(tokens, file, metadata={"source": "random 1", "vocabulary": "64"})
@@ -85,5 +85,5 @@ def test_paired_runs_share_all_but_the_numerics_and_go_on(
 
     with pytest.raises(SystemExit, match="other settings"):
         study("--steps", "5")
-    with pytest.raises(SystemExit, match="prepare more tokens"):
-        study("--steps", "400", "--out", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="fewer than 100001 tokens: prepare more"):
+        study("--sequence", "100000", "--out", str(tmp_path / "other"))

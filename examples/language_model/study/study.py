@@ -39,9 +39,14 @@ from lightning_quartet.recipes.results import Result, add_result, read_results
 from quartet_kernels import QuartetConfig
 
 LAYERS = 6
-RUNS: dict[str, dict[str, Any] | None] = {
-    "bf16": None,
+RUNS: dict[str, dict[str, Any]] = {
+    "bf16": {"mxfp4": False},
+    "bf16_lr_2x": {"mxfp4": False, "learning_rate": 2.0},
     "quartet": {},
+    "quartet_lr_2x": {"learning_rate": 2.0},
+    "hadamard_64": {"hadamard_group_size": 64},
+    "hadamard_128": {"hadamard_group_size": 128},
+    "gsr_128": {"hadamard_group_size": 128, "transform_init": "gsr"},
     "precise": {"accumulation": "precise"},
     "fast": {"accumulation": "fast"},
     "rms_nearest": {"scale_rule": "nearest"},
@@ -56,9 +61,9 @@ RUNS: dict[str, dict[str, Any] | None] = {
     "end_95": {"end": 0.95},
     "ends_in_bf16": {"skip": [f"layers.{index}" for index in (0, LAYERS - 1)]},
 }
-"""What each run changes: options of QuartetConfig, `end` (fraction of steps after which layers compute in bf16), `skip`
-(modules that are not converted), and `mask` (whether clipped elements get no gradient). `abs_max` clips nothing, so it
-has no mask either."""
+"""What each run changes: options of QuartetConfig, `mxfp4` (whether there is any), `end` (fraction of steps after which
+layers compute in bf16), `skip` (modules that are not converted), `mask` (whether clipped elements get no gradient), and
+`learning_rate` (a factor). `abs_max` clips nothing, so it has no mask either."""
 
 LOSSES = 50
 SETTINGS = ("steps", "batch", "sequence", "width", "learning_rate", "validation_batches", "eager")
@@ -132,15 +137,16 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
     pl.seed_everything(seed, verbose=False)
     train_tokens, validation_tokens, about = read_tokens(options.tokens)
     sequences = (len(train_tokens) - 1) // options.sequence
-    if sequences < options.steps * options.batch:
-        raise SystemExit(
-            f"{options.tokens} holds {sequences} sequences of {options.sequence} tokens, but {options.steps} steps of "
-            f"{options.batch} need {options.steps * options.batch}: prepare more tokens or take fewer steps."
-        )
-    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))[: options.steps * options.batch]
+    if sequences == 0:
+        raise SystemExit(f"{options.tokens} holds fewer than {options.sequence + 1} tokens: prepare more.")
+    shuffle = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(options.steps * options.batch / sequences)
+    order = torch.cat([torch.randperm(sequences, generator=shuffle) for _ in range(epochs)])
+    order = order[: options.steps * options.batch]
     batches = Batches(train_tokens, options.sequence, options.batch, order)
     held_out = torch.arange(options.validation_batches * options.batch)
     validation = Batches(validation_tokens, options.sequence, options.batch, held_out)
+    changes = dict(RUNS[run])
     model = Student(
         options.eager,
         config={
@@ -153,13 +159,12 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
             "max_position_embeddings": options.sequence,
             "tie_word_embeddings": False,
         },
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate * changes.pop("learning_rate", 1.0),
         warmup_steps=options.steps // 10,
     )
     callbacks: list[pl.Callback] = []
-    changes = dict(RUNS[run] or {})
     masked = changes.pop("mask", True)
-    if RUNS[run] is not None:
+    if changes.pop("mxfp4", True):
         end, skip = changes.pop("end", None), changes.pop("skip", None)
         callbacks.append(
             QuartetQAT(

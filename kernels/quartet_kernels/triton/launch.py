@@ -50,19 +50,29 @@ def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
 def _hooked() -> bool:
     """Whether a profiler (Proton) wants to hear of launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in (enter, leave))
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _specialization(argument: Any) -> Any:
-    """What Triton compiles for: a pointer's type and alignment to 16 bytes, an integer's size, factor 16, and 1."""
-    kind = type(argument)
-    if argument is None or kind is float:
-        return None
-    if kind is int:
-        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
-    if kind is TensorDescriptor:
-        return argument.base.dtype  # its block follows from the constants
-    return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
+def _specialize(arguments: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """What Triton compiles for (a pointer's type and alignment to 16 bytes, an integer's size, factor 16, and 1), and
+    the arguments with addresses in place of tensors: given a tensor, the driver is asked about its address each time.
+    """
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for argument in arguments:
+        value = argument
+        kind = type(argument)
+        if argument is None or kind is float:
+            kinds.append(None)
+        elif kind is int:
+            kinds.append(1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31))
+        elif kind is TensorDescriptor:
+            kinds.append(argument.base.dtype)  # its block follows from the constants
+        else:
+            value = argument.data_ptr()
+            kinds.append(argument.dtype if value % 16 == 0 else (argument.dtype,))
+        values.append(value)
+    return kinds, values
 
 
 def launch(
@@ -94,7 +104,8 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, device, programs, arguments, constants, warps, stages, dependent)
         return
-    key = (id(kernel), device.index, warps, stages, constants, *map(_specialization, arguments))
+    kinds, values = _specialize(arguments)
+    key = (id(kernel), device.index, warps, stages, constants, *kinds)
     found = _compiled.get(key)
     if found is None:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if dependent else {})
@@ -103,6 +114,4 @@ def launch(
         found[programs, 1, 1](*arguments, *constants)
     else:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        found.run(
-            programs, 1, 1, stream, found.function, found.packed_metadata, None, None, None, *arguments, *constants
-        )
+        found.run(programs, 1, 1, stream, found.function, found.packed_metadata, None, None, None, *values, *constants)

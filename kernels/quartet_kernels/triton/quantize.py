@@ -29,6 +29,7 @@ float32, half as long: three rows of 32 KiB are in flight."""
 FORWARD_PROGRAMS = 16  # a multiprocessor: two to three times what it holds at once, so that they end together
 PROGRAMS = {"nearest": 14, "stochastic": 10}
 STAGES = 3
+SMALL = 2**24  # elements
 TOKENS_PER_TILE = 128  # four groups
 FEATURES_PER_TILE = 128 if INTERPRET.value else 64
 TRANSPOSED_PROGRAMS = 8
@@ -181,10 +182,11 @@ def empty_operand(
 
 
 def holds_rows(x: Tensor, direction: str) -> bool:
-    """Whether programs hold whole rows, and so know their scales, without much of a tile lying idle."""
+    """Whether programs hold whole rows, and so know their scales: without much of a tile lying idle, or where that is
+    over sooner than the host launches a second kernel."""
     groups = x.shape[1] // 32
     limit = WHOLE_ROW_GROUPS[direction] * 2 // x.element_size()
-    return 0 < groups <= limit and 8 * groups >= 7 * next_power_of_2(groups)
+    return 0 < groups <= limit and (8 * groups >= 7 * next_power_of_2(groups) or x.numel() <= SMALL)
 
 
 def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
