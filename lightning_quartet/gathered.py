@@ -40,10 +40,10 @@ class ShardedWeight(Tensor):
     plain: Tensor
     out_features: int
     config: QuartetConfig
-    # Of the last forward's projection: what was sent, until the backward sends it again, and the clip mask. Both are
-    # made on FSDP2's stream, which waits for the optimizer step, and so for their last use, before it makes new ones.
+    # Of the last projection: what is sent, until the backward sends it again, and the clip mask.
     buffer: Tensor | None = None
     mask: Tensor | None = None
+    is_packed: bool = False  # the buffer holds the rows as they are now
     in_backward: bool = False
 
     @staticmethod
@@ -85,28 +85,35 @@ class ShardedWeight(Tensor):
     def finish_gradient(self, gradient: Tensor) -> None:
         """Mask and rotate back, in place, these rows' reduced gradient, float [rows, in_features]."""
         if gradient.numel():
-            gradient.copy_(finish_gradient(gradient, self.mask, self.config))
+            finish_gradient(gradient, self.mask, self.config)
 
     # With more parameters FSDP2 would insist on inputs of the shard's own size where rows do not divide evenly.
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor], None]:
         """The rows to send, uint8 [rows of the largest shard, 17/32 in_features]: codes, then scales."""
-        if self.buffer is None or not self.in_backward:
-            self.buffer = self._pack(-(-self.out_features // mesh.size()))
+        if self.buffer is None or not (self.is_packed or self.in_backward):
+            self.pack(mesh.size())
         buffer = self.buffer
+        assert buffer is not None  # for the type checker
         if self.in_backward:
             self.buffer = None
+            if buffer.is_cuda:
+                buffer.record_stream(torch.cuda.current_stream())  # FSDP2's, which reads it; another may have made it
         # One tensor: with two, FSDP2 copies only the first where there is a single rank.
         return (buffer,), None
 
-    def _pack(self, rows: int) -> Tensor:
+    @torch.no_grad()
+    def pack(self, ranks: int) -> None:
+        """Project the rows into the buffer."""
+        rows = -(-self.out_features // ranks)
         own, width = self.plain.shape
         if own == 0:
-            return self.plain.new_zeros(rows, width * 17 // 32, dtype=torch.uint8)
+            self.buffer = self.plain.new_zeros(rows, width * 17 // 32, dtype=torch.uint8)
+            return
         clips = self.config.forward_method == "quest"
         found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
         packed, self.mask = found if isinstance(found, tuple) else (found, None)
         sent = torch.cat((packed.codes, packed.scales), dim=1)
-        return sent if rows == own else F.pad(sent, (0, 0, 0, rows - own))
+        self.buffer = sent if rows == own else F.pad(sent, (0, 0, 0, rows - own))
 
     def fsdp_post_all_gather(
         self, all_gather_outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *, out: Any = None

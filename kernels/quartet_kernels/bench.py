@@ -114,12 +114,14 @@ def kernels(shape: Shape, device: torch.device, bandwidth: float) -> list[Row]:
 
         record(f"gradient by row, {rounding}", by_row, size(dy, *by_row()))
         record(f"gradient by column, {rounding}", by_column, size(dy, *by_column()))
-    codes, scales, mask, *operand = backend.quantize_forward(x, config=config, mask=True)
-    record(
-        "forward",
-        lambda: backend.quantize_forward(x, config=config, mask=True),
-        size(x, codes, scales, mask, *operand),
-    )
+
+    def forward(x: Tensor) -> Any:
+        return backend.quantize_forward(x, config=config, mask=True)
+
+    master = weight.to(torch.float32)
+    codes, scales, mask, *operand = forward(x)
+    record("forward", lambda: forward(x), size(x, codes, scales, mask, *operand))
+    record("forward of a float32 weight", lambda: forward(master), size(master, *forward(master)))
 
     def transposed() -> Any:
         return backend.requantize(codes, scales, sign_role=SIGNS_DW, role=INPUT_T, rounding="nearest", **common)

@@ -202,22 +202,24 @@ class _QuartetLinear(torch.autograd.Function):
 
 
 def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig) -> Tensor:
-    """A gradient that ``quartet_linear(..., master=...)`` gave, masked and rotated back: that of the weight itself.
+    """Mask and rotate back, in place, a gradient that ``quartet_linear(..., master=...)`` gave: that of the weight.
 
     It is linear and works row by row, so it may follow a sum over micro-batches or ranks, on any rows of the two.
 
     Args:
-        gradient: float [N, K], in the rotated basis, not clipped.
+        gradient: float [N, K], in the rotated basis, not clipped; overwritten.
         mask: Clip mask of the weight, int32 [N, K/32]; None where the forward method clips nothing.
         config: That of the layer.
 
     Returns:
-        [N, K] in the gradient's dtype.
+        The gradient.
     """
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, gradient.device)
     wide = gradient.to(compute_dtype(gradient))
     backend = select_backend(config.backend, wide.device, wide.dtype)
-    return backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype)
+    out = gradient if gradient.is_contiguous() else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype, out=out)
+    return gradient if out is gradient else gradient.copy_(out)
 
 
 @functools.lru_cache(maxsize=128)

@@ -284,16 +284,23 @@ def expand(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32)
 
 
 def unrotate(
-    product: Tensor, *, alpha: float, mask: Tensor | None, matrix: Tensor | None, out_dtype: torch.dtype
+    product: Tensor,
+    *,
+    alpha: float,
+    mask: Tensor | None,
+    matrix: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``alpha * select(mask, product, 0)`` [M, N], rotated back per block along N."""
+    """``alpha * select(mask, product, 0)`` [M, N], rotated back per block along N; into ``out``, which may be the
+    product, if there is one."""
     if alpha != 1:
         product = product * alpha
     if mask is not None:
         product = torch.where(unpack_mask(mask), product, 0.0)
     if matrix is not None:
         product = rotate(product, matrix.t())
-    return product.to(out_dtype)
+    return product.to(out_dtype) if out is None else out.copy_(product)
 
 
 def matmul(

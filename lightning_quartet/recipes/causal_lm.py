@@ -39,7 +39,8 @@ class CausalLM(LightningModule):
         lora: Fields of peft's ``LoraConfig``, such as ``r`` and ``target_modules``: adapters of this kind are trained
             and everything else is frozen. Needs the package ``peft``.
         compile_layers: Compile each decoder layer with ``torch.compile``; a string is its ``mode``:
-            ``"reduce-overhead"`` replays CUDA graphs, without which the host cannot keep up in small layers.
+            ``"reduce-overhead"`` replays CUDA graphs, which spares the host work in small layers, and cannot sum
+            gradients over batches.
 
     Raises:
         ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown.
@@ -68,6 +69,7 @@ class CausalLM(LightningModule):
         self.betas = (betas[0], betas[1])
         self.warmup_steps = warmup_steps
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
+        self.replays = isinstance(compile_layers, str)
         if compile_layers:
             for layer in self.model.get_decoder().layers:
                 layer.compile(mode=compile_layers if isinstance(compile_layers, str) else None)
@@ -77,6 +79,8 @@ class CausalLM(LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocabulary]`` of int64 token ids ``[batch, length]``."""
+        if self.replays:  # else CUDA graphs would take every layer of an evaluation for the start of a step
+            torch.compiler.cudagraph_mark_step_begin()
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def setup(self, stage: str) -> None:

@@ -37,6 +37,8 @@ class _Root(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.ranks = 1
+        self.weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
         self.running = False
 
     def forward(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +54,19 @@ class _Root(nn.Module):
 
         @functools.wraps(method)
         def routed(*args: Any, **kwargs: Any) -> Any:
-            return method(*args, **kwargs) if self.running else self(method, *args, **kwargs)
+            if self.running:
+                return method(*args, **kwargs)
+            # All at once, and not on FSDP2's stream: there, beside the kernels of a layer that leave no room, each of a
+            # block's weights would wait for its turn, and the block for the last.
+            shards = [shard for weight in self.weights if (shard := _shard_of(weight)) is not None]
+            for shard in shards:
+                shard.pack(self.ranks)
+                shard.is_packed = True
+            try:
+                return self(method, *args, **kwargs)
+            finally:
+                for shard in shards:
+                    shard.is_packed = False
 
         self.module.__dict__[name] = routed
 
@@ -132,6 +146,8 @@ class QuartetFSDP(ModelParallelStrategy):
         self._root.to(self.root_device)
         # Taken now: while a block is gathered, these are not among the model's parameters.
         self._weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
+        assert isinstance(self._root, _Root)
+        self._root.weights, self._root.ranks = self._weights, self.device_mesh["data_parallel"].size()
         self._finishes = False
         self.barrier()
 

@@ -8,6 +8,7 @@ kernel into a Python function. `resources.py` makes a table of it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,8 @@ FORWARD = {"BIAS": True, "MASK": False, "G": 0, "PIECES": 2}
 BACKWARD = {"BIAS": False, "MASK": True, "G": 32, "PIECES": 2}
 BACKWARD_FLOAT32 = BACKWARD | {"PIECES": 3}
 EPILOGUES = {"forward": FORWARD, "backward": BACKWARD, "backward_float32": BACKWARD_FLOAT32}
+GROUPS = (64, 128)
+"""Wider rotations, looked at on Hopper."""
 MATRIX_INSTRUCTION = re.compile(
     r"^\s*(?:@!?%?\w+\s+)?((?:tcgen05\.(?:mma|cp)|wgmma\.mma_async|mma\.sync)[\w.:]*)", re.MULTILINE
 )
@@ -102,23 +105,33 @@ def products() -> Iterator[Case]:
                 function = native_matmul.native_tma_kernel if arch in TILED else native_matmul.native_matmul_kernel
                 yield Case(arch, f"native_{operands}", name, function, epilogue | constants, types, warps)
         for precise in (False, True):
-            out_bytes = 4 if out == "fp32" else 2
-            tile = fp8_matmul.tma_tile(16384, 4096, 132, precise, epilogue["MASK"], epilogue["G"], out_bytes)
-            constants = epilogue | {
-                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
-                "PARTS": tile.parts, "WARPS": 0 if precise else tile.warps, "PRECISE": precise,
-            }  # fmt: skip
-            types = {
-                "a_desc": f"tensordesc<fp8e5[{tile.block_m}, {tile.block_k}]>",
-                "b_desc": f"tensordesc<fp8e5[{tile.block_n}, {tile.block_k}]>",
-                "c_desc": f"tensordesc<{out}[{tile.block_m}, {tile.block_n // tile.parts}]>",
-            }
-            kernel = "fp8_precise" if precise else "fp8_fast"
-            yield Case("90", kernel, name, fp8_matmul.fp8_tma_kernel, constants, types, tile.warps, tile.stages)
+            yield fp8(name, epilogue, 16384, precise)
         constants = epilogue | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8, "PRECISE": False}
         types = {"a_ptr": "*fp8e5", "b_ptr": "*fp8e5", "c_ptr": "*" + out}
         for arch in FP8:
             yield Case(arch, "fp8_pointer", name, fp8_matmul.fp8_pointer_kernel, constants, types, 8, 2)
+    for name, group, precise in itertools.product(("backward", "backward_float32"), GROUPS, (False, True)):
+        yield fp8(f"{name}_group_{group}", EPILOGUES[name] | {"G": group}, 16384, precise)
+    for name, (group, precise) in itertools.product(("backward", "backward_float32"), ((32, True), (64, False))):
+        # Fewer tiles than the GPU has multiprocessors.
+        yield fp8(f"{name}_group_{group}_few", EPILOGUES[name] | {"G": group}, 256, precise)
+
+
+def fp8(name: str, epilogue: dict[str, Any], M: int, precise: bool) -> Case:
+    """Hopper's GEMM of FP8 operands for an output [M, 4096]."""
+    out, out_bytes = ("fp32", 4) if epilogue["PIECES"] == 3 else ("bf16", 2)
+    tile = fp8_matmul.tma_tile(M, 4096, 132, precise, epilogue["MASK"], epilogue["G"], out_bytes)
+    constants = epilogue | {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
+        "PARTS": tile.parts, "WARPS": 0 if precise or epilogue["G"] > 32 else tile.warps, "PRECISE": precise,
+    }  # fmt: skip
+    types = {
+        "a_desc": f"tensordesc<fp8e5[{tile.block_m}, {tile.block_k}]>",
+        "b_desc": f"tensordesc<fp8e5[{tile.block_n}, {tile.block_k}]>",
+        "c_desc": f"tensordesc<{out}[{tile.block_m}, {tile.block_n // tile.parts}]>",
+    }
+    kernel = "fp8_precise" if precise else "fp8_fast"
+    return Case("90", kernel, name, fp8_matmul.fp8_tma_kernel, constants, types, tile.warps, tile.stages)
 
 
 QUANTISER_TYPES = {
@@ -161,6 +174,16 @@ def quantisers(arch: str) -> Iterator[Case]:
         "STAGES": quantize.TRANSPOSED_STAGES,
     }  # fmt: skip
     yield Case(arch, "quantize_forward", form, quantize.quantize_rows_kernel, forward, types, warps)
+    kinds = [(32, "fp32"), *itertools.product(GROUPS, ("bf16", "fp32"))] if arch == "90" else []
+    for (group, dtype), per_row in itertools.product(kinds, (1, 64, 128)):
+        wide = forward | {"G": group, "R": max(2 * group, 128), "PER_ROW": per_row, "CONTIGUOUS": per_row != 64}
+        if per_row == 1:  # codes alone
+            wide |= {"row_scale_ptr": None, "data_ptr": None}
+        if (group, dtype) == (128, "fp32"):
+            wide["STAGES"] = 2
+        wide_types = types | {"x_ptr": "*" + dtype, "matrix_ptr": "*" + dtype}
+        name = f"{dtype}_group_{group}_rows_{per_row}"
+        yield Case(arch, "quantize_forward", name, quantize.quantize_rows_kernel, wide, wide_types, max(4, group // 16))
     yield Case(arch, "quantize_rows", form, quantize.quantize_rows_kernel, gradient, types, warps)
     yield Case(arch, "quantize_columns", form, quantize.quantize_columns_kernel, tile, types, warps)
     yield Case(arch, "requantize", form, requantize.requantize_kernel, tile, types, warps)
@@ -179,6 +202,8 @@ def others(arch: str) -> Iterator[Case]:
     types = {"acc_ptr": "*fp32", "c_ptr": "*bf16", "codes_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": "*bf16"}
     rotation = {"MASK": True, "G": 32, "PIECES": 2, "BLOCK_M": 64, "BLOCK_N": 128}
     yield Case(arch, "unrotate", "", matmul.unrotate_kernel, rotation, types, 4)
+    for group in GROUPS if arch == "90" else ():
+        yield Case(arch, "unrotate", f"group_{group}", matmul.unrotate_kernel, rotation | {"G": group}, types, 4)
     yield Case(arch, "dequantize", "", matmul.dequantize_kernel, {"BLOCK_M": 32, "BLOCK_K": 256}, types, 4)
     if not arch.startswith("gfx"):  # AMD's GPUs never take it
         types = {"x_ptr": "*u32", "x_scale_ptr": "*u64", "codes_ptr": "*u32", "scales_ptr": "*u8", "out_ptr": "*bf16"}

@@ -58,7 +58,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         # The operand's format follows from the architecture; an epilogue or a number of tokens makes another kernel.
-        epilogue = row["epilogue"] if "ward" in row["epilogue"] or "tokens" in row["epilogue"] else ""
+        epilogue = row["epilogue"] if any(word in row["epilogue"] for word in ("ward", "tokens", "group")) else ""
         cells.setdefault((row["kernel"], epilogue), {})[row["arch"]] = cell(row)
     names = [arch if arch.startswith("gfx") else f"{arch[:-1]}.{arch[-1]}" for arch in architectures]
     lines = [f"| kernel | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]

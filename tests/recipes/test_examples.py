@@ -103,7 +103,6 @@ def test_finetune_llm_runs(name: str, tmp_path: Path, short_corpus: Path, monkey
         "--trainer.log_every_n_steps=1",
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
-        "--model.init_args.compile_layers=false",
         f"--model.init_args.pretrained={model}",
         f"--data.init_args.tokenizer={model}",
         "--data.init_args.path=novel.txt",

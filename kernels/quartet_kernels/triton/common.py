@@ -130,8 +130,15 @@ def load_rotation(matrix_ptr, signs_ptr, seed_ptr, SIGN_ROLE: tl.constexpr, G: t
         else:
             # A thread of a product's result holds columns 2 t, 2 t + 1 of every 8: deal the columns so that these
             # are 8 consecutive elements. Taking the result back into order then moves nothing.
-            matrix = matrix.reshape(G, G // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(G, G).to(DTYPE)
+            matrix = matrix.reshape(G, G // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(G, G)
+            matrix = matrix.to(tl.bfloat16 if DTYPE == tl.float32 else DTYPE)
     return matrix
+
+
+@triton.jit
+def top_bits(x):
+    """The part of float32 x that bf16 holds, by truncation: x - top_bits(x) is exact."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -139,7 +146,8 @@ def rotate(x, matrix, factor):
     """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; matrix None: v = x.
 
     Products with +-1 are exact in x's dtype, sums are float32; the factor follows in float32. Blocks are rows: in a
-    block-diagonal product 0 * NaN would spoil the neighbours.
+    block-diagonal product 0 * NaN would spoil the neighbours. A product of float32 needs no tensor core, but registers
+    for both operands, which blocks beyond 32 do not leave.
     """
     R: tl.constexpr = x.shape[0] * x.shape[1] // 32
     if matrix is None:
@@ -148,8 +156,17 @@ def rotate(x, matrix, factor):
         v = tl.dot(to_float32(x).to(tl.float64), matrix, out_dtype=tl.float64).to(tl.float32)
         v = v.reshape(R, 4, 8) * factor
     else:
-        v = tl.dot(x, matrix, input_precision="ieee")
-        v = v.reshape(R, 4, 4, 2).permute(0, 2, 1, 3).reshape(R, 4, 8) * factor
+        if x.dtype == matrix.dtype:
+            v = tl.dot(x, matrix, input_precision="ieee") * factor
+        else:  # float32 as three bfloat16, exact but for what is below 2^-133
+            high = top_bits(x)
+            rest = x - high
+            middle = top_bits(rest)
+            # Not one accumulator: Triton gives the warps of chained products rows alone, and 64 rows are for four.
+            v = tl.dot((rest - middle).to(tl.bfloat16), matrix) * factor
+            v += tl.dot(middle.to(tl.bfloat16), matrix) * factor
+            v += tl.dot(high.to(tl.bfloat16), matrix) * factor
+        v = v.reshape(R, 4, 4, 2).permute(0, 2, 1, 3).reshape(R, 4, 8)
     return v
 
 

@@ -153,14 +153,13 @@ def fp8_pointer_kernel(
 
 def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: int, out_bytes: int) -> Tile:
     """Tile of the persistent kernel by class of shape, the same for most token counts, so that few kernels compile."""
-    if group == 128:
-        block_m, block_n, warps = 128, 128, 8  # larger tiles have no registers left for a block of 128 columns
-    elif precise:
-        block_m, block_n, warps = 256, 128, 8
-    elif 2 * cdiv(M, 128) * cdiv(N, 256) > programs:
+    if not precise and group < 128 and 2 * cdiv(M, 128) * cdiv(N, 256) > programs:
         block_m, block_n, warps = 128, 256, 8
+    elif precise and group <= 32 and 2 * cdiv(M, 256) * cdiv(N, 128) > programs:
+        block_m, block_n, warps = 256, 128, 8
     else:
-        block_m, block_n, warps = 128, 128, 4
+        # More of a tile a warp leaves no registers for a second accumulator, or for a block of more than 32 columns.
+        block_m, block_n, warps = 128, 128, 8 if precise or group > 32 else 4
     # A part holds whole rotation blocks; float32 takes three products to rotate back, and registers for them.
     parts = min(2 * out_bytes if group else 2, block_n // max(group, 32))
     # Beside the operands: the output, or the mask and the rotation on their way into registers; barriers.

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRET
+from .common import INTERPRET, top_bits
 from .launch import cdiv, launch
 
 PACKED_TILES = {9: (128, 128, 64), 10: (128, 128, 64)}
@@ -61,12 +61,6 @@ def decode_tile(
     scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + groups[None, :], mask=scales_in, other=0)
     factors = spread_groups(decode_scales(scales), ROWS, BLOCK_K // 32, 16)
     return decode_codes(codes & 15, factors).to(DTYPE), decode_codes(codes >> 4, factors).to(DTYPE)
-
-
-@triton.jit
-def top_bits(x):
-    """The part of float32 x that bf16 holds, by truncation: x - top_bits(x) is exact."""
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -303,11 +297,14 @@ def matmul(
 
 
 def unrotate(
-    acc: torch.Tensor, *, alpha: float, mask: torch.Tensor | None, matrix: torch.Tensor | None, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """The epilogue of `matmul` on a float32 accumulator [M, N] that another GEMM made; returns [M, N] of out_dtype."""
+    acc: torch.Tensor, *, alpha: float, mask: torch.Tensor | None, matrix: torch.Tensor | None, out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The epilogue of `matmul` on a float32 accumulator [M, N] that another GEMM made; returns [M, N] of out_dtype, the
+    contiguous ``out``, which may be the accumulator, if there is one."""
     M, N = acc.shape
-    out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
+    if out is None:
+        out = torch.empty((M, N), dtype=out_dtype, device=acc.device)
     if out.numel() == 0:
         return out
     (_, *runtime), (_, *constants) = epilogue_arguments(alpha, None, mask, matrix, out, out_dtype)

@@ -283,6 +283,7 @@ def _launch_rows(
         tiles = cdiv(rows, tile // per_row)
     # Three programs of the forward's 4 warps of many registers fit a multiprocessor, but only two of 8 warps of fewer.
     groups_per_warp = 64 if row_scale is not None and codes is not None and width <= 32 else 32
+    stages = STAGES if width * x.element_size() < 512 else 2  # 99 KiB of shared memory are all that some GPUs have
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     launch(
         quantize_rows_kernel,
@@ -290,7 +291,7 @@ def _launch_rows(
         programs(tiles, x.device, per_multiprocessor),
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
         + (rows, n_groups, inverse_root(max(width, 1)), 0 if contiguous else x.stride(0), tiled),
-        (contiguous, width, *constants, tile, per_row, STAGES),
+        (contiguous, width, *constants, tile, per_row, stages),
         NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // groups_per_warp),
     )
 
