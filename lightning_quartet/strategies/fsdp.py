@@ -74,9 +74,9 @@ class _Root(nn.Module):
 class QuartetFSDP(ModelParallelStrategy):
     """FSDP2 for Quartet models: ``Trainer(strategy="quartet_fsdp", callbacks=[QuartetQAT()])``.
 
-    Parameters, gradients and optimizer states are sharded over all GPUs. Before a block runs, each GPU quantises its
-    own rows of the block's QuartetLinear weights and sends them as MXFP4 codes, 0.53 bytes an element; other
-    parameters are sent as FSDP2 always does, in bfloat16 under ``bf16-mixed``. The master weights stay what they are:
+    Parameters, gradients and optimizer states are sharded over all GPUs. Before the model runs, each GPU quantises its
+    own rows of all QuartetLinear weights, and before a block runs it sends the block's as MXFP4 codes, 0.53 bytes an
+    element; other parameters are sent as FSDP2 always does, in bfloat16 under ``bf16-mixed``. The master weights stay what they are:
     float32, or bfloat16 under ``bf16-true``. The model needs no ``configure_model``; one that has it may build layers
     there, also on the ``meta`` device, and must not shard them.
 

@@ -294,9 +294,10 @@ def test_requantize_reads_every_byte_and_code():
     torch.testing.assert_close(ours[0].float(), theirs[0], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("operand", ["fp8", "bf16"])
+@pytest.mark.parametrize(("operand", "small"), [("fp8", 2**24), ("fp8", 0), ("bf16", 0)])  # at once, in two steps
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_forward_operands(recipe, operand):
+def test_forward_operands(recipe, operand, small, monkeypatch):
+    monkeypatch.setattr("quartet_kernels.triton.quantize.SMALL", small)
     x = randn(6, 192, seed=4) * 2.0 ** randn(6, 1, seed=6).mul(20).round()
     x[1] = 0
     x[2, 50] = torch.nan
