@@ -76,9 +76,9 @@ class QuartetFSDP(ModelParallelStrategy):
 
     Parameters, gradients and optimizer states are sharded over all GPUs. Before the model runs, each GPU quantises its
     own rows of all QuartetLinear weights, and before a block runs it sends the block's as MXFP4 codes, 0.53 bytes an
-    element; other parameters are sent as FSDP2 always does, in bfloat16 under ``bf16-mixed``. The master weights stay what they are:
-    float32, or bfloat16 under ``bf16-true``. The model needs no ``configure_model``; one that has it may build layers
-    there, also on the ``meta`` device, and must not shard them.
+    element; other parameters are sent as FSDP2 always does, in bfloat16 under ``bf16-mixed``. The master weights stay
+    what they are: float32, or bfloat16 under ``bf16-true``. The model needs no ``configure_model``; one that has it may
+    build layers there, also on the ``meta`` device, and must not shard them.
 
     Args:
         block_classes: Names of the classes whose modules are gathered and freed as one; ``None`` means the members of
