@@ -146,8 +146,8 @@ def rotate(x, matrix, factor):
     """v = (x D) H g^-1/2 of x [blocks, G] in its own dtype: float32 [blocks * G / 32, 4, 8]; matrix None: v = x.
 
     Products with +-1 are exact in x's dtype, sums are float32; the factor follows in float32. Blocks are rows: in a
-    block-diagonal product 0 * NaN would spoil the neighbours. A product of float32 needs no tensor core, but registers
-    for both operands, which blocks beyond 32 do not leave.
+    block-diagonal product 0 * NaN would spoil the neighbours. float32 is taken apart: its own exact product knows no
+    tensor core, and holds both operands in registers.
     """
     R: tl.constexpr = x.shape[0] * x.shape[1] // 32
     if matrix is None:
@@ -157,7 +157,7 @@ def rotate(x, matrix, factor):
         v = v.reshape(R, 4, 8) * factor
     else:
         if x.dtype == matrix.dtype:
-            v = tl.dot(x, matrix, input_precision="ieee") * factor
+            v = tl.dot(x, matrix) * factor
         else:  # float32 as three bfloat16, exact but for what is below 2^-133
             high = top_bits(x)
             rest = x - high
