@@ -8,6 +8,7 @@ The runs of one call share the machine, the data and the initial weights; only t
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -140,17 +141,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     report: list[dict[str, Any]] = []
-    for model in options.model:
-        for mode in options.modes:
-            base = 0.0
-            for label in options.runs:
-                row = measure(model, options.batch, options.sequence, options.steps, RUNS[label], mode)
-                base = base or row["tokens/s"]
-                report.append({"model": model, "mode": mode, "run": label, **row, "ratio": row["tokens/s"] / base})
-                print(json.dumps(report[-1]), flush=True)
-                if options.json:
-                    with replacing(options.json) as path:
-                        path.write_text(json.dumps(report, indent=2) + "\n")
+    for model, mode in itertools.product(options.model, options.modes):
+        base = 0.0
+        for label in options.runs:
+            row = measure(model, options.batch, options.sequence, options.steps, RUNS[label], mode)
+            base = base or row["tokens/s"]
+            report.append({"model": model, "mode": mode, "run": label, **row, "ratio": row["tokens/s"] / base})
+            print(json.dumps(report[-1]), flush=True)
+            if options.json:
+                with replacing(options.json) as path:
+                    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -90,10 +90,9 @@ class ShardedWeight(Tensor):
     # With more parameters FSDP2 would insist on inputs of the shard's own size where rows do not divide evenly.
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor], None]:
         """The rows to send, uint8 [rows of the largest shard, 17/32 in_features]: codes, then scales."""
-        if self.buffer is None or not (self.is_packed or self.in_backward):
-            self.pack(mesh.size())
-        buffer = self.buffer
-        assert buffer is not None  # for the type checker
+        buffer = self.buffer if self.is_packed or self.in_backward else None
+        if buffer is None:
+            buffer = self.pack(mesh.size())
         if self.in_backward:
             self.buffer = None
             if buffer.is_cuda:
@@ -102,18 +101,19 @@ class ShardedWeight(Tensor):
         return (buffer,), None
 
     @torch.no_grad()
-    def pack(self, ranks: int) -> None:
+    def pack(self, ranks: int) -> Tensor:
         """Project the rows into the buffer."""
         rows = -(-self.out_features // ranks)
         own, width = self.plain.shape
         if own == 0:
             self.buffer = self.plain.new_zeros(rows, width * 17 // 32, dtype=torch.uint8)
-            return
+            return self.buffer
         clips = self.config.forward_method == "quest"
         found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
         packed, self.mask = found if isinstance(found, tuple) else (found, None)
         sent = torch.cat((packed.codes, packed.scales), dim=1)
         self.buffer = sent if rows == own else F.pad(sent, (0, 0, 0, rows - own))
+        return self.buffer
 
     def fsdp_post_all_gather(
         self, all_gather_outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *, out: Any = None

@@ -217,9 +217,9 @@ def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig
     matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, gradient.device)
     wide = gradient.to(compute_dtype(gradient))
     backend = select_backend(config.backend, wide.device, wide.dtype)
-    out = gradient if gradient.is_contiguous() else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-    backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype, out=out)
-    return gradient if out is gradient else gradient.copy_(out)
+    out = gradient if gradient.is_contiguous() else None
+    done = backend.unrotate(wide, alpha=1.0, mask=mask, matrix=matrix, out_dtype=gradient.dtype, out=out)
+    return gradient if done is gradient else gradient.copy_(done)
 
 
 @functools.lru_cache(maxsize=128)

@@ -69,17 +69,19 @@ class CausalLM(LightningModule):
         self.betas = (betas[0], betas[1])
         self.warmup_steps = warmup_steps
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
-        self.replays = isinstance(compile_layers, str)
+        self._compile_mode = compile_layers if isinstance(compile_layers, str) else None
         if compile_layers:
             for layer in self.model.get_decoder().layers:
-                layer.compile(mode=compile_layers if isinstance(compile_layers, str) else None)
+                layer.compile(mode=self._compile_mode)
         if lora is not None:
             self.model = _adapted(self.model, lora)
         self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocabulary]`` of int64 token ids ``[batch, length]``."""
-        if self.replays:  # else CUDA graphs would take every layer of an evaluation for the start of a step
+        if (
+            self._compile_mode is not None
+        ):  # else CUDA graphs would take every layer of an evaluation for the start of a step
             torch.compiler.cudagraph_mark_step_begin()
         return self.model(input_ids=tokens, use_cache=False).logits
 

@@ -37,7 +37,6 @@ class _Root(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.ranks = 1
         self.weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
         self.running = False
 
@@ -58,9 +57,9 @@ class _Root(nn.Module):
                 return method(*args, **kwargs)
             # All at once, and not on FSDP2's stream: there, beside the kernels of a layer that leave no room, each of a
             # block's weights would wait for its turn, and the block for the last.
-            shards = [shard for weight in self.weights if (shard := _shard_of(weight)) is not None]
-            for shard in shards:
-                shard.pack(self.ranks)
+            shards = _shards_of(self.weights)
+            for weight, shard in zip(self.weights, shards, strict=True):
+                shard.pack(weight.device_mesh.size())  # type: ignore[attr-defined]
                 shard.is_packed = True
             try:
                 return self(method, *args, **kwargs)
@@ -118,8 +117,7 @@ class QuartetFSDP(ModelParallelStrategy):
         self.reshard_after_forward = reshard_after_forward
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         self.reduce_every_batch = reduce_every_batch
-        self._root: nn.Module
-        self._weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
+        self._root: _Root
         self._finishes = False  # has any backward gone through this strategy
 
     # Set-up ----------------------------------------------------------------------------------------------------------
@@ -145,9 +143,7 @@ class QuartetFSDP(ModelParallelStrategy):
         _materialize_distributed_module(self._root, self.root_device)
         self._root.to(self.root_device)
         # Taken now: while a block is gathered, these are not among the model's parameters.
-        self._weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
-        assert isinstance(self._root, _Root)
-        self._root.weights, self._root.ranks = self._weights, self.device_mesh["data_parallel"].size()
+        self._root.weights = [parameter for parameter in self.model.parameters() if _shard_of(parameter) is not None]
         self._finishes = False
         self.barrier()
 
@@ -157,7 +153,7 @@ class QuartetFSDP(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, model: nn.Module) -> nn.Module:
+    def _shard(self, model: nn.Module) -> _Root:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         if "_quartet_root" in model.__dict__:
@@ -210,9 +206,10 @@ class QuartetFSDP(ModelParallelStrategy):
     def _finish_gradients(self) -> Generator[None, None, None]:
         """Around a backward: mask and rotate back what it adds to the shards' gradients, and only that."""
         self._finishes = True
-        before = [weight.grad for weight in self._weights]
-        shards = [shard for weight in self._weights if (shard := _shard_of(weight)) is not None]
-        for weight, shard in zip(self._weights, shards, strict=True):
+        weights = self._root.weights
+        before = [weight.grad for weight in weights]
+        shards = _shards_of(weights)
+        for weight, shard in zip(weights, shards, strict=True):
             weight.grad = None
             shard.in_backward = True
         # Gradients of what reads a weight itself (a penalty, say) are not rotated; FSDP2 stores those of its layer
@@ -220,7 +217,7 @@ class QuartetFSDP(ModelParallelStrategy):
         direct: list[list[Tensor]] = [[] for _ in shards]
         hooks = [
             weight.register_hook(functools.partial(_set_aside, gradients))
-            for weight, gradients in zip(self._weights, direct, strict=True)
+            for weight, gradients in zip(weights, direct, strict=True)
             if weight.requires_grad
         ]
         try:
@@ -231,7 +228,7 @@ class QuartetFSDP(ModelParallelStrategy):
             for shard in shards:
                 shard.in_backward = False
         with torch.no_grad():
-            for weight, shard, gradients, old in zip(self._weights, shards, direct, before, strict=True):
+            for weight, shard, gradients, old in zip(weights, shards, direct, before, strict=True):
                 if weight.grad is None:
                     weight.grad = old
                     continue
@@ -248,7 +245,7 @@ class QuartetFSDP(ModelParallelStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not self._finishes and any(weight.grad is not None for weight in self._weights):
+        if not self._finishes and any(weight.grad is not None for weight in self._root.weights):
             raise MisconfigurationException(
                 "Under QuartetFSDP a backward has to go through the strategy, which finishes the gradients of packed "
                 "weights: call self.manual_backward(loss) instead of loss.backward()."
@@ -377,6 +374,10 @@ def _shard_of(parameter: nn.Parameter) -> ShardedWeight | None:
     """The local rows of a parameter that is gathered packed."""
     local = getattr(parameter, "_local_tensor", None)
     return local if isinstance(local, ShardedWeight) else None
+
+
+def _shards_of(weights: Sequence[nn.Parameter]) -> list[ShardedWeight]:
+    return [shard for weight in weights if (shard := _shard_of(weight)) is not None]
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -71,7 +71,14 @@ def data(batches: int = 20) -> DataLoader:
     return DataLoader(torch.randn(batches * 64, 256, generator=generator), batch_size=64)
 
 
-def fit(model: Model, steps: int, tmp_path: Path, resume: str | None = None, **options: object) -> pl.Trainer:
+def fit(
+    model: pl.LightningModule,
+    steps: int,
+    tmp_path: Path,
+    resume: str | None = None,
+    loaders: tuple[DataLoader, ...] | None = None,
+    **options: object,
+) -> pl.Trainer:
     options = {"callbacks": [QuartetQAT()], "precision": "bf16-mixed", "max_steps": steps} | options
     trainer = pl.Trainer(
         accelerator="gpu",
@@ -83,7 +90,7 @@ def fit(model: Model, steps: int, tmp_path: Path, resume: str | None = None, **o
         default_root_dir=tmp_path,
         **options,  # type: ignore[arg-type]
     )
-    trainer.fit(model, data(), ckpt_path=resume)
+    trainer.fit(model, *(loaders or (data(),)), ckpt_path=resume)
     return trainer
 
 
@@ -206,17 +213,8 @@ def test_cuda_graphs_of_compiled_layers_change_no_number(tmp_path):
         torch._dynamo.reset()
         pl.seed_everything(0)
         model = CausalLM({**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2}, compile_layers=mode)
-        trainer = pl.Trainer(
-            callbacks=[QuartetQAT()],
-            precision="bf16-mixed",
-            max_epochs=3,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(model, DataLoader(tokens[:32], batch_size=4), DataLoader(tokens, batch_size=8))
+        loaders = DataLoader(tokens[:32], batch_size=4), DataLoader(tokens, batch_size=8)
+        trainer = fit(model, 24, tmp_path, loaders=loaders)
         found.append((trainer.callback_metrics["val_loss"], model.state_dict()))
     assert trainer.global_step == 24
     torch.testing.assert_close(*found)

@@ -123,7 +123,7 @@ def fp8(name: str, epilogue: dict[str, Any], M: int, precise: bool) -> Case:
     tile = fp8_matmul.tma_tile(M, 4096, 132, precise, epilogue["MASK"], epilogue["G"], out_bytes)
     constants = epilogue | {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": 8,
-        "PARTS": tile.parts, "WARPS": 0 if precise or epilogue["G"] > 32 else tile.warps, "PRECISE": precise,
+        "PARTS": tile.parts, "WARPS": tile.rotating_warps, "PRECISE": precise,
     }  # fmt: skip
     types = {
         "a_desc": f"tensordesc<fp8e5[{tile.block_m}, {tile.block_k}]>",
@@ -179,8 +179,7 @@ def quantisers(arch: str) -> Iterator[Case]:
         wide = forward | {"G": group, "R": max(2 * group, 128), "PER_ROW": per_row, "CONTIGUOUS": per_row != 64}
         if per_row == 1:  # codes alone
             wide |= {"row_scale_ptr": None, "data_ptr": None}
-        if (group, dtype) == (128, "fp32"):
-            wide["STAGES"] = 2
+        wide["STAGES"] = quantize.row_stages(group, 4 if dtype == "fp32" else 2)
         wide_types = types | {"x_ptr": "*" + dtype, "matrix_ptr": "*" + dtype}
         name = f"{dtype}_group_{group}_rows_{per_row}"
         yield Case(arch, "quantize_forward", name, quantize.quantize_rows_kernel, wide, wide_types, max(4, group // 16))

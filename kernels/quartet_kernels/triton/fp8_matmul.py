@@ -32,7 +32,8 @@ from .matmul import (
 
 
 class Tile(NamedTuple):
-    """One row of the table: block sizes, warps, pipeline stages, and parts in which the output leaves."""
+    """One row of the table: block sizes, warps, pipeline stages, parts in which the output leaves, and the kernel's
+    WARPS."""
 
     block_m: int
     block_n: int
@@ -40,6 +41,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     parts: int
+    rotating_warps: int
 
 
 SHARED_BYTES = 232448
@@ -165,7 +167,7 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: 
     # Beside the operands: the output, or the mask and the rotation on their way into registers; barriers.
     outside = block_m * (block_n // parts) * out_bytes + masked * block_m * block_n // 8 + group * group * 4 + 1024
     stages = min(4, (SHARED_BYTES - outside) // ((block_m + block_n) * 128))
-    return Tile(block_m, block_n, 128, warps, stages, parts)
+    return Tile(block_m, block_n, 128, warps, stages, parts, 0 if precise or group > 32 else warps)
 
 
 def aligned(*tensors: torch.Tensor) -> bool:
@@ -217,8 +219,7 @@ def matmul(
             a.device,
             min(programs, cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
             (*descriptors, *runtime),
-            (*constants, tile.block_m, tile.block_n, tile.block_k, GROUP_M, tile.parts)
-            + (0 if precise or group > 32 else tile.warps, precise),
+            (*constants, tile.block_m, tile.block_n, tile.block_k, GROUP_M, tile.parts, tile.rotating_warps, precise),
             tile.warps,
             tile.stages,
         )

@@ -189,6 +189,11 @@ def holds_rows(x: Tensor, direction: str) -> bool:
     return 0 < groups <= limit and (8 * groups >= 7 * next_power_of_2(groups) or x.numel() <= SMALL)
 
 
+def row_stages(width: int, element_size: int) -> int:
+    """Pipeline stages of the row quantiser: 99 KiB of shared memory are all that some GPUs have."""
+    return STAGES if width * element_size < 512 else 2
+
+
 def empty_fp8(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Uninitialised FP8 data as int32 [rows, columns / 4], four to a word, and row scales float32 [rows]."""
     data = torch.empty(rows, columns // 4, dtype=torch.int32, device=device)
@@ -283,7 +288,6 @@ def _launch_rows(
         tiles = cdiv(rows, tile // per_row)
     # Three programs of the forward's 4 warps of many registers fit a multiprocessor, but only two of 8 warps of fewer.
     groups_per_warp = 64 if row_scale is not None and codes is not None and width <= 32 else 32
-    stages = STAGES if width * x.element_size() < 512 else 2  # 99 KiB of shared memory are all that some GPUs have
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     launch(
         quantize_rows_kernel,
@@ -291,7 +295,7 @@ def _launch_rows(
         programs(tiles, x.device, per_multiprocessor),
         (x, matrix, signs, seed, words(codes), scales, mask_bytes, data, row_scale)
         + (rows, n_groups, inverse_root(max(width, 1)), 0 if contiguous else x.stride(0), tiled),
-        (contiguous, width, *constants, tile, per_row, stages),
+        (contiguous, width, *constants, tile, per_row, row_stages(width, x.element_size())),
         NUM_WARPS if INTERPRET else max(NUM_WARPS, tile // groups_per_warp),
     )
 
