@@ -44,6 +44,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16_lr_2x": {"mxfp4": False, "learning_rate": 2.0},
     "quartet": {},
     "quartet_lr_2x": {"learning_rate": 2.0},
+    "bf16_lr_half": {"mxfp4": False, "learning_rate": 0.5},
+    "quartet_lr_half": {"learning_rate": 0.5},
     "hadamard_64": {"hadamard_group_size": 64},
     "hadamard_128": {"hadamard_group_size": 128},
     "gsr_128": {"hadamard_group_size": 128, "transform_init": "gsr"},
@@ -241,7 +243,8 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", choices=RUNS, default=["bf16", "quartet"], help="the first is the baseline"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="pairs: seeds 0, 1, ...; 0 only prints what is there")
+    parser.add_argument("--seeds", type=int, default=3, help="pairs; 0 only prints what is there")
+    parser.add_argument("--first_seed", type=int, default=0, help="to add pairs, or to share them out over GPUs")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=128, help="sequences a step")
     parser.add_argument("--sequence", type=int, default=512)
@@ -259,14 +262,11 @@ def main() -> None:
     file = options.out / "runs.json"
     if any(result["settings"] != settings(options) for result in read_results(file)):
         raise SystemExit(f"{file} holds runs with other settings: give another --out.")
-    last = None
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for run in options.runs:
             if any(result["run"] == run and result["seed"] == seed for result in read_results(file)):
                 continue
-            if run != last:
-                torch._dynamo.reset()
-            last = run
+            torch._dynamo.reset()  # seeds are part of the configuration, which is a constant to the compiler
             result = train(run, seed, options)
             add_result(file, result)
             print(
