@@ -101,7 +101,8 @@ Seconds of a step of {tokens} tokens on each GPU, **computed** from runs on {n} 
 NCCL's took {compute:.2f} s there with `quartet_fsdp`, {computes[0]:.2f} s with bfloat16 (by the ratio of the same on
 {packed["layers"]} layers), and NCCL moved its bytes at {reached:.0%} of NVLink's nominal speed, a share assumed of
 all links. NCCL's time includes waiting for the slowest rank, which weighs most in steps of few tokens and least on slow
-links, so these are upper estimates. The first number has all of the traffic hidden behind computation, the second nothing.
+links, so these are upper estimates. The first number has all of the traffic hidden behind computation, the second
+nothing.
 
 {table(["", *PLACES], rows)}
 
