@@ -11,16 +11,19 @@ More options go to `lightning-quartet` as they are: --trainer.precision=bf16-mix
 the model logs in its test, and a language model's perplexity; with them the training's last tokens per second, where
 the model logs them, and its peak memory on a GPU. The runs' folders are `runs/compare/...`.
 
---json FILE keeps the numbers: seeds that it has are not repeated, and several calls may add to it at the same time.
+--json FILE keeps each row as it is done: rows that it has are not repeated, and several calls may add to it
+at the same time.
 """
 
 import argparse
 import copy
+import functools
 import gc
 import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_quartet.recipes import CausalLM
-from lightning_quartet.recipes.results import add_result, read_results
+from lightning_quartet.recipes.results import Result, change_results, read_results
 
 QAT = "lightning_quartet.QuartetQAT"
 
@@ -86,36 +89,45 @@ def train(cli: LightningCLI) -> dict[str, float]:
 
 
 def compare(
-    config: dict[str, Any], options: list[str], seed: int, recipes: list[str], others: list[Path]
-) -> dict[str, dict[str, float]]:
-    """Row of the table to its results."""
+    config: dict[str, Any], options: list[str], seed: int, recipes: list[str], others: list[Path], done: Container[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Rows of the table that are not done, each with its results."""
     plain, ours = split(config)
-    rows = {}
-    trained = build(plain, options, seed)
-    rows["high precision"] = train(trained)
-    weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
-    del trained
-    after = build(ours, options, seed)
-    after.model.load_state_dict(weights)
-    rows["after training"] = evaluate(after)
-    del after
+    if "high precision" not in done or "after training" not in done:
+        trained = build(plain, options, seed)
+        yield "high precision", train(trained)
+        weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
+        del trained
+        after = build(ours, options, seed)
+        after.model.load_state_dict(weights)
+        yield "after training", evaluate(after)
+        del after
     for recipe in recipes or [""]:
         if recipe:
             ours["trainer"]["callbacks"][0].setdefault("init_args", {})["config"] = recipe
-        rows[f"MXFP4 training {recipe}".rstrip()] = train(build(ours, options, seed))
+        row = f"MXFP4 training {recipe}".rstrip()
+        if row not in done:
+            yield row, train(build(ours, options, seed))
     for file in others:
-        rows[file.stem] = train(build(split(yaml.safe_load(file.read_text()))[1], options, seed))
-    return rows
+        if file.stem not in done:
+            yield file.stem, train(build(split(yaml.safe_load(file.read_text()))[1], options, seed))
+
+
+def with_row(results: list[Result], about: Result, seed: int, row: str, found: dict[str, float]) -> list[Result]:
+    """Results of runs, one for each seed, and a row more in that of this seed."""
+    others = [result for result in results if result["seed"] != seed]
+    rows = next((result["rows"] for result in results if result["seed"] == seed), {})
+    return [*others, {**about, "seed": seed, "rows": {**rows, row: found}}]
 
 
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
     """Means over runs, and standard deviations where there are several."""
     metrics = list(next(iter(runs[0].values())))
     lines = ["| | " + " | ".join(metrics) + " |", "| --- |" + " --- |" * len(metrics)]
-    for row in runs[0]:
+    for row in dict.fromkeys(name for run in runs for name in run):
         cells = []
         for metric in metrics:
-            values = [run[row][metric] for run in runs if metric in run[row]]
+            values = [run[row][metric] for run in runs if metric in run.get(row, {})]
             if not values:
                 cells.append("")
                 continue
@@ -147,10 +159,12 @@ def main(argv: list[str]) -> None:
         )
     rows = {result["seed"]: result["rows"] for result in found}
     for seed in arguments.seeds:
-        if seed not in rows:
-            rows[seed] = compare(config, options, seed, arguments.recipes, arguments.others)
+        done = rows.setdefault(seed, {})
+        for row, results in compare(config, options, seed, arguments.recipes, arguments.others, tuple(done)):
+            done[row] = results
             if arguments.json:
-                add_result(arguments.json, {**what, "seed": seed, "rows": rows[seed]})
+                add = functools.partial(with_row, about=what, seed=seed, row=row, found=results)
+                change_results(arguments.json, add)
     print(f"{what['config']}, {what['device']}, torch {what['torch']}, seeds {sorted(rows)}\n")
     print(table([rows[seed] for seed in sorted(rows)]))
 

@@ -14,7 +14,7 @@ from .config import QuartetConfig
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .ops import compute_dtype
 from .philox import make_seed
-from .rotation import rotation_matrix
+from .rotation import make_matrices, rotation_matrix
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What can be quantised."""
@@ -315,7 +315,9 @@ def quartet_linear(
             differentiated again.
     """
     _check(x, weight, bias, config, master)
-    if not torch.compiler.is_compiling():  # there the operators' fake kernels ask, without being traced
+    if torch.compiler.is_compiling():  # the operators' fake kernels ask for the backend, without being traced
+        _make_matrices(config.transform_init, config.hadamard_group_size, x.device)
+    else:
         select_backend(config.backend, x.device, x.dtype)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -365,6 +367,12 @@ def _few_tokens(x: Tensor, config: QuartetConfig) -> bool:
     if torch.version.hip is not None:
         return False  # the kernel is made of NVIDIA's instructions
     return _has_kernels(config.backend, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
+    """While a layer is compiled, not when it runs."""
+    make_matrices(transform_init, group_size, device)
 
 
 @torch.compiler.assume_constant_result

@@ -17,7 +17,6 @@ def hadamard(size: int) -> Tensor:
     return matrix
 
 
-@lru_cache(maxsize=64)
 def rotation_matrix(
     transform_init: str, group_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
@@ -27,8 +26,11 @@ def rotation_matrix(
     ``gsr`` sorts the Hadamard matrix's columns by their number of sign changes (as fp-quant does); ``identity`` is
     None: no product at all. The tensor is shared by all layers of a device and never saved.
     """
-    if transform_init == "identity":
-        return None
+    return None if transform_init == "identity" else _matrix(transform_init, group_size, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _matrix(transform_init: str, group_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # A tensor first made in validation must not be an inference tensor: a later fit could not save it for backward.
     with torch.inference_mode(False):
         matrix = hadamard(group_size)
@@ -36,3 +38,14 @@ def rotation_matrix(
             changes = (matrix[1:] != matrix[:-1]).sum(0)
             matrix = matrix[:, changes.argsort(stable=True)]
         return matrix.to(device=device, dtype=dtype).contiguous()
+
+
+def make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
+    """Make now what layers of that rotation will read on a device, whatever their dtype.
+
+    Who records CUDA graphs (``torch.compile`` in mode ``reduce-overhead``) gives the first run memory of its own, in
+    which nothing may be made that lives on.
+    """
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rotation_matrix(transform_init, group_size, device, dtype)
+        rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, device, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ def read_results(file: Path) -> list[Result]:
 
 def add_result(file: Path, result: Result) -> None:
     """Add one; a reader sees the file without it or with it."""
+    change_results(file, lambda results: [*results, result])
+
+
+def change_results(file: Path, change: Callable[[list[Result]], list[Result]]) -> None:
+    """Put what a function makes of the results in their place, while no other process does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = [*read_results(file), result]
+        results = change(read_results(file))
         with replacing(file) as path:
             path.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")

@@ -25,7 +25,7 @@ from quartet_kernels import (
 from quartet_kernels.linear import _last_input, finish_gradient, weight_window
 from quartet_kernels.ops import forward_factor
 from quartet_kernels.philox import draw_signs, make_seed
-from quartet_kernels.rotation import rotation_matrix
+from quartet_kernels.rotation import _matrix, rotation_matrix
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 
@@ -453,6 +453,29 @@ def test_compiles_without_graph_break_or_recompilation(config):
         for value, expected in zip(*results, strict=True):
             assert relative(value, expected) < 1e-6
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton", "bf16", "fp8", "native"])
+def test_what_a_compiled_layer_keeps_is_made_before_its_first_run(backend, dtype):
+    """The first run of a CUDA graph has memory of its own, in which nothing may live on."""
+    torch._dynamo.reset()
+    _matrix.cache_clear()
+    config = QuartetConfig(transform_init="gsr", hadamard_group_size=64, backend=backend)
+    made = []
+
+    def compiler(graph, inputs):
+        made.append(_matrix.cache_info().misses)
+        return graph.forward
+
+    def layer(x, weight):
+        return quartet_linear(x, weight, config=config)
+
+    x, weight = torch.randn(40, 64, dtype=dtype), torch.randn(32, 64, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    compiled(x.requires_grad_(), weight.requires_grad_()).sum().backward()
+    assert made == [_matrix.cache_info().misses]
+    assert _matrix.cache_info().hits > 0
 
 
 def count_projections(monkeypatch):

@@ -20,7 +20,7 @@ from lightning_quartet import (
     set_quartet_step,
 )
 from quartet_kernels import RECIPES
-from quartet_kernels.rotation import rotation_matrix
+from quartet_kernels.rotation import _matrix
 
 
 class Llamaish(nn.Module):
@@ -401,7 +401,7 @@ def test_the_default_device_is_not_ours(transform):
     set_quartet_step(expected, 3)
     model, x = two_layers(), torch.randn(4, 32)
     values = gradients(expected, x)
-    rotation_matrix.cache_clear()
+    _matrix.cache_clear()
     with torch.device("meta"):
         convert_to_quartet(model, config=config)
         set_quartet_step(model, 3)

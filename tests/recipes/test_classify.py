@@ -8,6 +8,7 @@ import runpy
 import struct
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,8 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     assert plain["trainer"]["callbacks"] == []
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
     quick = [*options("classify_text", text_folder), "--trainer.max_epochs=6", "--model.init_args.learning_rate=3e-3"]
-    rows = script["compare"](
-        config, [*quick, "--trainer.enable_progress_bar=false"], 1, ["quartet", "bf16_backward"], []
-    )
+    recipes = ["quartet", "bf16_backward"]
+    rows = dict(script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, recipes, [], ()))
     trained = ["MXFP4 training quartet", "MXFP4 training bf16_backward"]
     assert list(rows) == ["high precision", "after training", *trained]
     losses = [row["test_loss"] for row in rows.values()]
@@ -130,18 +130,32 @@ def test_compare_keeps_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = runpy.run_path(str(EXAMPLES / "compare.py"))["main"]
-    trained: list[int] = []
+    trained: list[tuple[int, str]] = []
 
-    def compare(config: Any, options: list[str], seed: int, *rest: Any) -> dict[str, dict[str, float]]:
-        trained.append(seed)
-        return {"high precision": {"test_loss": float(seed), "peak GiB": 1.0}}
+    def compare(
+        config: Any, options: list[str], seed: int, recipes: Any, others: Any, done: tuple[str, ...]
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        for row in [name for name in ("high precision", "after training") if name not in done]:
+            trained.append((seed, row))
+            if seed == 3:
+                raise KeyboardInterrupt
+            yield row, {"test_loss": float(seed), "peak GiB": 1.0}
 
     monkeypatch.setitem(main.__globals__, "compare", compare)
-    arguments = [str(EXAMPLES / "classify_text" / "config.yaml"), "--json", str(tmp_path / "results.json")]
+    file = tmp_path / "results.json"
+    arguments = [str(EXAMPLES / "classify_text" / "config.yaml"), "--json", str(file)]
     main([*arguments, "--seeds", "2"])
-    main([*arguments, "--seeds", "1", "2", "3"])
-    assert trained == [2, 1, 3]
-    assert capsys.readouterr().out.endswith("| high precision | 2.0000 ± 1.0000 | 1.0000 ± 0.0000 |\n")
+    assert len(trained) == 2
+    (kept,) = json.loads(file.read_text())
+    del kept["rows"]["after training"]  # as if it had been stopped there
+    file.write_text(json.dumps([kept]))
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--seeds", "1", "2", "3"])
+    assert trained[2:] == [(1, "high precision"), (1, "after training"), (2, "after training"), (3, "high precision")]
+    assert {run["seed"]: len(run["rows"]) for run in json.loads(file.read_text())} == {1: 2, 2: 2}
+    capsys.readouterr()
+    main([*arguments, "--seeds", "1", "2"])
+    assert "| high precision | 1.5000 ± 0.7071 | 1.0000 ± 0.0000 |\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another configuration"):
         main([*arguments, "--trainer.max_epochs=3"])
 
