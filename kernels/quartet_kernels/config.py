@@ -67,11 +67,15 @@ class QuartetConfig:
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"QuartetConfig.seed is {self.seed!r}; choose an integer from 0 to 2**32 - 1.")
         # Made once: every call of an operator takes it.
-        object.__setattr__(self, "_text", repr({name: getattr(self, name) for name in self.__dataclass_fields__}))
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "seed"}
+        object.__setattr__(self, "_text", repr(options))
 
     @property
     def text(self) -> str:
-        """All options as a Python literal, which is how operators take them."""
+        """All options but the seed as a Python literal, which is how operators take them.
+
+        They take seeds as tensors; in here, each seed would be compiled anew.
+        """
         return self._text  # type: ignore[attr-defined]
 
     @property
@@ -118,7 +122,7 @@ class QuartetConfig:
 
 @functools.lru_cache(maxsize=256)
 def parse_config(text: str) -> QuartetConfig:
-    """The inverse of `QuartetConfig.text`."""
+    """The inverse of `QuartetConfig.text`, with seed 0."""
     return QuartetConfig.from_dict(ast.literal_eval(text))
 
 

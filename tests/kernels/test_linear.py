@@ -455,6 +455,29 @@ def test_compiles_without_graph_break_or_recompilation(config):
     assert counter.frame_count == 1
 
 
+def test_another_seed_is_not_compiled_again():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def layer(x, weight, config, seed):
+        return quartet_linear(x, weight, config=config, seed=seed)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    found = []
+    for number in range(3):
+        config, seed = QuartetConfig(seed=number), torch.tensor(make_seed(number))
+        results = []
+        for function in (layer, compiled):
+            z = x.clone().requires_grad_()
+            function(z, weight, config, seed).square().sum().backward()
+            results.append(z.grad)
+        assert relative(*results) < 1e-6
+        found.append(results[0])
+    assert not torch.equal(found[0], found[1])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "triton", "bf16", "fp8", "native"])
 def test_what_a_compiled_layer_keeps_is_made_before_its_first_run(backend, dtype):

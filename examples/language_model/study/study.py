@@ -266,7 +266,7 @@ def main() -> None:
         for run in options.runs:
             if any(result["run"] == run and result["seed"] == seed for result in read_results(file)):
                 continue
-            torch._dynamo.reset()  # seeds are part of the configuration, which is a constant to the compiler
+            torch._dynamo.reset()  # layers of many configurations would reach its limit of recompilations
             result = train(run, seed, options)
             add_result(file, result)
             print(
