@@ -40,8 +40,10 @@ QAT = "lightning_quartet.QuartetQAT"
 def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe without and with MXFP4; without a monitor or pictures, which change no number."""
     ours = copy.deepcopy(config)
-    callbacks = ours["trainer"]["callbacks"]
-    qat = [c for c in callbacks if c["class_path"] == QAT] or [{"class_path": QAT}]
+    if "QuartetPrecision" in str(ours["trainer"].get("plugins")):
+        raise SystemExit("QuartetPrecision in the configuration would convert every row: name a precision instead.")
+    callbacks = ours["trainer"].get("callbacks") or []
+    qat = [c for c in callbacks if c["class_path"].rpartition(".")[2] == "QuartetQAT"] or [{"class_path": QAT}]
     ours["trainer"]["callbacks"] = qat
     plain = copy.deepcopy(ours)
     plain["trainer"]["callbacks"] = []

@@ -181,7 +181,10 @@ def revert(module: nn.Module, layers: Sequence[nn.Module]) -> None:
                 f"A layer is a {type(layer).__name__} since it was converted and cannot become an nn.Linear again; "
                 "undo that first, for example with torch.nn.utils.parametrize.remove_parametrizations."
             )
+    restored: dict[nn.Parameter, nn.Parameter] = {}
     for layer in ours:
+        if isinstance(layer, PackedQuartetLinear):
+            layer.restore_weight(restored)
         become_linear(layer)
     _restore_fused_paths(module)
     if not any(isinstance(layer, QuartetLinear) for layer in module.modules()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quartet.gathered import GatheredWeight
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
+from quartet_kernels.backends import select_backend
 from quartet_kernels.ops import forward_factor
 from quartet_kernels.reference import rotate
 from quartet_kernels.rotation import rotation_matrix
@@ -65,7 +66,7 @@ class QuartetLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype or autocast's."""
         if not self.quartet_enabled:
-            return F.linear(input, self.weight, self.bias)
+            return plain_linear(input, self.weight, self.bias)
         if not torch.compiler.is_compiling() and not self._quartet_step_set and torch.is_grad_enabled():
             _warn_step_never_set(self)
         weight = self.weight
@@ -84,9 +85,7 @@ class QuartetLinear(nn.Linear):
 
     def quantized_weight(self) -> MXFP4Tensor:
         """The weight as the forward multiplies it: rotated and packed, [out_features, in_features]."""
-        packed = quantize_mxfp4(self.weight, config=self.quartet_config, backend=self.quartet_config.backend)
-        assert isinstance(packed, MXFP4Tensor)  # for the type checker
-        return packed
+        return quantize_weight(self.weight, self.quartet_config)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The quantised weight rotated back: the matrix [out_features, in_features] that an ``nn.Linear`` would hold.
@@ -97,9 +96,6 @@ class QuartetLinear(nn.Linear):
         matrix = rotation_matrix(config.transform_init, config.hadamard_group_size, packed.codes.device)
         with torch.no_grad():
             return rotate(packed.dequantize(), None if matrix is None else matrix.t()).to(dtype)
-
-    def _restore_weight(self) -> None:
-        """Before the layer becomes an ``nn.Linear`` again; for a packed one, see `lightning_quartet.packed`."""
 
     def extra_repr(self) -> str:
         phase = "" if self.quartet_enabled else ", quartet_enabled=False"
@@ -116,6 +112,26 @@ class QuartetLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # A view would take the table of all layers with it into every copy or pickle of this one.
         return {**self.__dict__, "_quartet_seed": self._quartet_seed.clone()}
+
+
+def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``nn.Linear``'s product; float32 masters of a model in bfloat16 are multiplied as the input's dtype."""
+    if not torch.is_autocast_enabled(input.device.type):
+        weight = weight.to(input.dtype)
+        bias = None if bias is None else bias.to(input.dtype)
+    return F.linear(input, weight, bias)
+
+
+def quantize_weight(weight: Tensor, config: QuartetConfig) -> MXFP4Tensor:
+    """A weight as a layer's forward multiplies it. It may lie on the CPU, before or after a training on a GPU whose
+    backend the config names: all backends give the same codes."""
+    try:
+        backend = select_backend(config.backend, weight.device, weight.dtype).name
+    except RuntimeError:
+        backend = "reference"
+    packed = quantize_mxfp4(weight, config=config, backend=backend)
+    assert isinstance(packed, MXFP4Tensor)  # for the type checker
+    return packed
 
 
 def unsupported_shape(in_features: int, out_features: int, config: QuartetConfig) -> str | None:
@@ -141,7 +157,6 @@ def become_quartet(linear: nn.Linear, config: QuartetConfig) -> None:
 
 def become_linear(linear: QuartetLinear) -> None:
     """Undo `become_quartet`."""
-    linear._restore_weight()
     linear.__class__ = nn.Linear  # type: ignore[assignment]
     for name in ("quartet_config", "quartet_enabled", "_quartet_step_set", "_quartet_seed"):
         del linear.__dict__[name]

@@ -4,6 +4,7 @@ Every state is a sum, so metrics merge over batches and ranks: counts exactly, e
 Updates do not wait for the device.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,7 +98,21 @@ def alignment(dot: Tensor, gradient: Tensor, exact: Tensor) -> tuple[Tensor, Ten
     return dot / (gradient * exact).sqrt(), dot / exact
 
 
-class QuantizationSNR(Metric):
+class _Projected(Metric):
+    """Of tensors projected with some numerics. They are a state, too: a ``MetricCollection`` lets metrics whose states
+    are equal after one update share them."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, config: QuartetConfig | None, mode: Mode, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        number = zlib.crc32(f"{type(self).__name__} {self.config.text} {mode}".encode())
+        self.add_state("numerics", torch.tensor(number), dist_reduce_fx="max")
+
+
+class QuantizationSNR(_Projected):
     """Signal-to-noise ratio of MXFP4 projections, in dB; clipping counts as noise.
 
     A normal distribution gives about 19 dB with the default recipe. Infinite where nothing is lost (all zeros too), NaN
@@ -119,15 +134,12 @@ class QuantizationSNR(Metric):
         ```
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     signal: Tensor
     noise: Tensor
 
     def __init__(self, config: QuartetConfig | None = None, mode: Mode = "forward", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        super().__init__(config, mode, **kwargs)
         for name in ("signal", "noise"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -143,18 +155,15 @@ class QuantizationSNR(Metric):
         return snr_db(self.signal, self.noise)
 
 
-class _Fraction(Metric):
+class _Fraction(_Projected):
     """Elements that were counted, of all."""
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     counted: Tensor
     elements: Tensor
 
     def __init__(self, config: QuartetConfig | None, mode: Mode, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        super().__init__(config, mode, **kwargs)
         for name in ("counted", "elements"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -183,7 +192,7 @@ class ClipFraction(_Fraction):
         self.elements += sums.elements
 
 
-class ScaleExponentHistogram(Metric):
+class ScaleExponentHistogram(_Projected):
     """How many groups of 32 have each scale byte.
 
     Byte b stands for the scale ``2**(b-127)``; byte 0 marks groups of zeros (a dead layer has nothing else), byte 255
@@ -198,14 +207,11 @@ class ScaleExponentHistogram(Metric):
         ValueError: If the mode is unknown.
     """
 
-    is_differentiable = False
     higher_is_better = None
-    full_state_update = False
     scales: Tensor
 
     def __init__(self, config: QuartetConfig | None = None, mode: Mode = "forward", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config, self.mode = config or QuartetConfig(), _checked(mode)
+        super().__init__(config, mode, **kwargs)
         self.add_state("scales", torch.zeros(256, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor) -> None:

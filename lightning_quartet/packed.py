@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quartet.linear import QuartetLinear, _is_dtensor, _warn_step_never_set
-from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
+from lightning_quartet.linear import QuartetLinear, _is_dtensor, _warn_step_never_set, plain_linear, quantize_weight
+from quartet_kernels import MXFP4Tensor, QuartetConfig, quartet_linear
 from quartet_kernels.mxfp4 import GROUP_SIZE
 from quartet_kernels.ops import forward_factor
 
@@ -21,7 +20,8 @@ class PackedQuartetLinear(QuartetLinear):
     another kernel: the same codes, another order of sums), and the input gets its gradient in MXFP4 or
     bfloat16, so adapters train on top of it. State dict keys: ``weight_codes`` uint8 [out_features, in_features/2]
     (two E2M1 codes a byte, low nibble first), ``weight_scales`` uint8 [out_features, in_features/32] (E8M0), both of
-    the *rotated* weight, and ``bias`` where there is one. Loading a state dict with ``weight`` packs that weight.
+    the *rotated* weight, ``bias`` where there is one, and ``_extra_state`` (uint8 text, such as ``quest hadamard 32``),
+    without which codes are taken for those of the layer's config. Loading a state dict with ``weight`` packs that.
 
     Attributes:
         weight: The codes as int8, as in other quantised layers, for code that asks for a weight's device or dtype
@@ -39,7 +39,7 @@ class PackedQuartetLinear(QuartetLinear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the input's dtype or autocast's."""
         if not self.quartet_enabled:
-            return F.linear(input, self.dequantized_weight(input.dtype), self.bias)
+            return plain_linear(input, self.dequantized_weight(input.dtype), self.bias)
         if not torch.compiler.is_compiling() and not self._quartet_step_set and input.requires_grad:
             _warn_step_never_set(self)
         return quartet_linear(
@@ -52,12 +52,23 @@ class PackedQuartetLinear(QuartetLinear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, packed"
 
-    def _restore_weight(self) -> None:
-        weight = self.dequantized_weight(self._quartet_dtype)
+    def restore_weight(self, restored: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Before the layer becomes an ``nn.Linear`` again; layers that share codes, in ``restored``, share a weight."""
+        codes = self.weight_codes
+        if codes not in restored:
+            with torch.inference_mode(False):
+                restored[codes] = nn.Parameter(self.dequantized_weight(self._quartet_dtype))
         for name in ("weight_codes", "weight_scales"):
             del self._parameters[name]
         del self.__dict__["_quartet_dtype"]
-        self._parameters["weight"] = nn.Parameter(weight)
+        self._parameters["weight"] = restored[codes]
+
+    def get_extra_state(self) -> Tensor:
+        """What the codes mean, for a state dict: ASCII text as uint8."""
+        return torch.tensor(list(_meaning(self.quartet_config).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to do: `_load_from_state_dict` has compared it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -86,6 +97,14 @@ class PackedQuartetLinear(QuartetLinear):
                 return
             packed = _quantize(state_dict.pop(names[0]), self.quartet_config)
             state_dict.update({names[1]: packed.codes, names[2]: packed.scales})
+        text = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())  # files may go without
+        meaning = bytes(text.flatten().tolist()).decode("ascii", "replace")
+        if meaning != _meaning(self.quartet_config):
+            error_msgs.append(
+                f"{names[1]} holds codes of {meaning!r} and the layer computes with {_meaning(self.quartet_config)!r} "
+                "(forward_method, transform_init, hadamard_group_size); give the layer the config it was packed with."
+            )
+            return
         for name in names[1:]:
             if name in state_dict and state_dict[name].dtype != torch.uint8:  # copying would cast it silently
                 error_msgs.append(f"{name} is {state_dict[name].dtype}; packed weights are torch.uint8.")
@@ -168,6 +187,9 @@ def _quantize(weight: Tensor, config: QuartetConfig) -> MXFP4Tensor:
             rows, columns = weight.shape
             codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
             return MXFP4Tensor(codes, codes.new_empty(rows, columns // GROUP_SIZE), forward_factor(config))
-        packed = quantize_mxfp4(weight, config=config, backend=config.backend)
-    assert isinstance(packed, MXFP4Tensor)
-    return packed
+        return quantize_weight(weight, config)
+
+
+def _meaning(config: QuartetConfig) -> str:
+    """The options that a packed weight cannot be read without."""
+    return f"{config.forward_method} {config.transform_init} {config.rotation_width}"

@@ -71,8 +71,9 @@ class QuartetPrecision(Precision):
         self._models = nn.ModuleList()
         self._step, self._micro_batch = 0, -1  # -1: no forward since the last optimizer step
         self._rank: int | None = None
-        # In a Trainer: its counts of batches; the batch that is under way, and where the one before it ended.
-        self._progress: Any = None
+        # In a Trainer: its loop over batches; the batch that is under way, and where the one before it ended.
+        self._loop: Any = None
+        self._counting = False  # is the step that of the checkpoint, if there is one
         self._batch: int | None = None
         self._before = (0, -1)
         self._inside = False  # a forward context
@@ -108,7 +109,7 @@ class QuartetPrecision(Precision):
                 assert trainer is not None  # for the type checker
                 self._step, self._micro_batch = trainer.global_step, -1  # another Trainer begins anew
                 self._rank = data_parallel_rank(trainer.strategy)
-                self._progress, self._batch = trainer.fit_loop.epoch_loop.batch_progress, None
+                self._loop, self._counting, self._batch = trainer.fit_loop.epoch_loop, False, None
         return self._plain.convert_module(module)
 
     @override
@@ -128,9 +129,13 @@ class QuartetPrecision(Precision):
 
     def _next_micro_batch(self) -> None:
         if len(self._models) > 0:
-            if self._progress is not None and self._progress.total.started != self._batch:
-                self._batch = self._progress.total.started
-                self._before = self._step, self._micro_batch
+            if self._loop is not None:
+                if not self._counting:  # a checkpoint without this plugin's state, QuartetQAT's say, sets only the loop
+                    self._step, self._counting = self._loop.global_step, True
+                started = self._loop.batch_progress.total.started
+                if started != self._batch:
+                    self._batch = started
+                    self._before = self._step, self._micro_batch
             self._micro_batch += 1
             set_quartet_step(self._models, self._step, self._micro_batch % MICRO_BATCHES, rank=self._rank)
 
@@ -147,8 +152,9 @@ class QuartetPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         """The plain plugin's state (its scaler's), the step and the micro-batch, and how the layers compute."""
         step, micro_batch = self._step, self._micro_batch
-        if self._progress is not None and self._progress.total.started == self._batch and self._before[0] == step:
-            if self._progress.current.started > self._progress.current.processed:
+        if self._loop is not None and self._before[0] == step:
+            progress = self._loop.batch_progress
+            if progress.total.started == self._batch and progress.current.started > progress.current.processed:
                 # Saved in the middle of a batch (as QuartetQAT.state_dict may be), which a resumed run repeats.
                 micro_batch = self._before[1]
         steps = {"step": step, "micro_batch": micro_batch}
@@ -158,7 +164,7 @@ class QuartetPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; how the layers compute is this plugin's."""
         self._plain.load_state_dict(state_dict["plain"])
-        self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
+        self._step, self._micro_batch, self._counting = state_dict["step"], state_dict["micro_batch"], True
 
     @override
     def teardown(self) -> None:

@@ -49,6 +49,8 @@ def quantize_mxfp4(
     config = QuartetConfig() if config is None else config
     if not isinstance(config, QuartetConfig):
         raise TypeError(f"config is {config!r}; pass a QuartetConfig or None.")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; pass a tensor.")
     _check_layout("x", x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x is {x.dtype}; use float32, bfloat16, float16 or float64.")
@@ -114,10 +116,13 @@ def mxfp4_matmul(
         [M, N] in out_dtype.
 
     Raises:
-        TypeError: If out_dtype is not one of the above.
+        TypeError: If a or b is no MXFP4Tensor, or out_dtype is not one of the above.
         ValueError: If shapes or devices do not fit.
         RuntimeError: If the backend cannot run there.
     """
+    for name, operand in (("a", a), ("b", b)):
+        if not isinstance(operand, MXFP4Tensor):
+            raise TypeError(f"{name} is a {type(operand).__name__}; pass an MXFP4Tensor, as quantize_mxfp4 makes it.")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be [M, K] and [N, K].")
     if a.codes.device != b.codes.device:

@@ -14,7 +14,7 @@ from .config import QuartetConfig
 from .mxfp4 import GROUP_SIZE, MXFP4Tensor
 from .ops import compute_dtype
 from .philox import make_seed
-from .rotation import make_matrices, rotation_matrix
+from .rotation import faking, make_matrices, rotation_matrix
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What can be quantised."""
@@ -59,7 +59,8 @@ class _LastInput(threading.local):
     def project(self, x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
         if x.grad_fn is None:
             return _project(x, config, mask)
-        key = (x._version, mask, config, _stream(x), _capturing(x))
+        where = x.data_ptr() if type(x) is Tensor else 0  # a tracer's has no address
+        key = (where, x.shape, x._version, mask, config, _stream(x), _capturing(x))
         if not self.kept or self.source is None or self.source() is not x or self.key != key:
             kept = [_project(x, config, mask)]
             # Autograd's own threads may drop the input, and they do not see this thread's attributes.
@@ -222,11 +223,13 @@ def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig
     return gradient if done is gradient else gradient.copy_(done)
 
 
-@functools.lru_cache(maxsize=128)
-def _constant_seed(seed: int, device: torch.device) -> Tensor:
+def _make_seed(seed: int, device: torch.device) -> Tensor:
     # Made once per device: a copy from the host would stop the stream at every call.
     with torch.inference_mode(False):
         return torch.tensor(make_seed(seed), dtype=torch.int64, device=device)
+
+
+_constant_seed = functools.lru_cache(maxsize=128)(_make_seed)
 
 
 def _check_layout(name: str, tensor: Tensor) -> None:
@@ -398,9 +401,8 @@ def _seed_tensor(seed: Tensor | int | None, config: QuartetConfig, device: torch
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("A CUDA graph replays one seed for ever; pass seed as an int64 [3] tensor and advance it.")
     number = config.seed if seed is None else seed
-    if torch.compiler.is_compiling():
-        return torch.tensor(make_seed(number), dtype=torch.int64, device=device)
-    return _constant_seed(number, device)
+    make = _make_seed if torch.compiler.is_compiling() or faking() else _constant_seed
+    return make(number, device)
 
 
 def _checked_signs(signs: Tensor, device: torch.device) -> Tensor:

@@ -71,10 +71,6 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return _NoAutocast(kind) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _padded(tokens: int) -> int:
-    return (tokens + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
-
-
 def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=x.device)
 

@@ -98,7 +98,8 @@ def _quest_statistic(v: Tensor, largest: Tensor, config: QuartetConfig) -> tuple
     m = _exponent(largest).clamp_(-limit, limit)
     w = v * _power(-m, v.dtype)[..., None]
     if config.statistic == "std":
-        w = w - w.sum(-1, keepdim=True) / GROUP_SIZE
+        # Exact for a constant group, whatever the order of the sum: its deviation is 0, not rounding.
+        w = w - (w.sum(-1, keepdim=True, dtype=torch.float64) / GROUP_SIZE).to(w.dtype)
     return (w.square().sum(-1) / GROUP_SIZE).sqrt_() * QUEST_SCALE, m
 
 

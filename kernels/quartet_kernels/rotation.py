@@ -26,11 +26,18 @@ def rotation_matrix(
     ``gsr`` sorts the Hadamard matrix's columns by their number of sign changes (as fp-quant does); ``identity`` is
     None: no product at all. The tensor is shared by all layers of a device and never saved.
     """
-    return None if transform_init == "identity" else _matrix(transform_init, group_size, device, dtype)
+    if transform_init == "identity":
+        return None
+    make = _make_matrix if torch.compiler.is_compiling() or faking() else _matrix
+    return make(transform_init, group_size, device, dtype)
 
 
-@lru_cache(maxsize=64)
-def _matrix(transform_init: str, group_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def faking() -> bool:
+    """Whether tensors made now are a tracer's, without data, which nothing may keep."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def _make_matrix(transform_init: str, group_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # A tensor first made in validation must not be an inference tensor: a later fit could not save it for backward.
     with torch.inference_mode(False):
         matrix = hadamard(group_size)
@@ -40,12 +47,18 @@ def _matrix(transform_init: str, group_size: int, device: torch.device, dtype: t
         return matrix.to(device=device, dtype=dtype).contiguous()
 
 
+_matrix = lru_cache(maxsize=64)(_make_matrix)
+
+
 def make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
     """Make now what layers of that rotation will read on a device, whatever their dtype.
 
     Who records CUDA graphs (``torch.compile`` in mode ``reduce-overhead``) gives the first run memory of its own, in
     which nothing may be made that lives on.
     """
+    if faking():
+        return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rotation_matrix(transform_init, group_size, device, dtype)
-        rotation_matrix("hadamard", BACKWARD_GROUP_SIZE, device, dtype)
+        _matrix("hadamard", BACKWARD_GROUP_SIZE, device, dtype)
+        if transform_init != "identity":
+            _matrix(transform_init, group_size, device, dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quartet.convert import layer_names, matches
+from lightning_quartet.gathered import GatheredWeight
 from lightning_quartet.linear import QuartetLinear
 from lightning_quartet.metrics import (
     EXPONENT_BIAS,
@@ -242,8 +243,10 @@ class _Observation:
         self._add(name, part, (s.signal, s.noise, s.clipped, torch.full_like(s.noise, s.elements), s.scales))
 
     def _add_weight(self, name: str, layer: QuartetLinear) -> None:
-        """From the rank's own rows where the weight is sharded; ranks that hold all of it count it alike."""
-        if isinstance(layer, PackedQuartetLinear):
+        """From the rank's own rows where the weight is sharded; ranks that hold all of it count it alike. Not from
+        codes, which is all that packed layers have, and under QuartetFSDP some layers after a skipped batch.
+        """
+        if isinstance(layer, PackedQuartetLinear) or isinstance(layer.weight, GatheredWeight):
             return
         weight: Any = layer.weight.detach()
         weight = weight.to_local() if hasattr(weight, "to_local") else weight

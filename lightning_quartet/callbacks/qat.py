@@ -97,6 +97,7 @@ class QuartetQAT(Callback):
         self._known_step: int | None = None  # that the weights of the last fit or checkpoint were trained for
         self._rank: int | None = None
         self._converted: list[nn.Module] = []
+        self._plain_dtypes: dict[nn.Parameter, torch.dtype] = {}  # that the precision plugin gives masters
         self._converted_before: list[dict[str, Any]] = []  # for checkpoints: layers that others converted
         self._undo: list[Callable[[], None]] = []
 
@@ -129,16 +130,23 @@ class QuartetQAT(Callback):
         # Lightning does not call teardown after an exception.
         if trainer.state.fn == TrainerFn.FITTING:
             self._known_step = trainer.global_step
-        self._restore(pl_module)
+        try:
+            self._restore(pl_module)
+        except ValueError as error:  # what ended the run is what its user has to see
+            rank_zero_warn(f"QuartetQAT(revert_on_end=True) could not revert the layers: {error}")
 
     def _restore(self, pl_module: pl.LightningModule) -> None:
         weight_window.close()
         while self._undo:
             self._undo.pop()()
-        converted, self._converted = self._converted, []  # a callback that is kept must not keep models
+        # A callback that is kept must not keep models.
+        converted, self._converted = self._converted, []
+        dtypes, self._plain_dtypes = self._plain_dtypes, {}
         unset_quartet_step(pl_module)
         if self.revert_on_end:
             revert(pl_module, converted)
+            for parameter, dtype in dtypes.items():
+                parameter.data = parameter.data.to(dtype)
 
     def _check_neighbours(self, trainer: pl.Trainer) -> None:
         strategy = trainer.strategy
@@ -246,6 +254,7 @@ class QuartetQAT(Callback):
         if self.master_dtype is not None:
             masters = {parameter: parameter.data for parameter in _own_parameters(module)}
         module = plain(module)
+        self._plain_dtypes = {parameter: parameter.dtype for parameter in masters}
         for parameter, data in masters.items():
             parameter.data = data.to(parameter.device)
         return module
@@ -263,7 +272,9 @@ class QuartetQAT(Callback):
         parameters = set(pl_module.parameters())
         optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if optimizers and not any(parameter in parameters for group in groups for parameter in group["params"]):
+        trained = [parameter for group in groups for parameter in group["params"]]
+        # Plain tensors are no model's: latent variables of one that is frozen, say.
+        if optimizers and all(isinstance(p, nn.Parameter) and p not in parameters for p in trained):
             raise MisconfigurationException(
                 f"None of the parameters of {', '.join(type(optimizer).__name__ for optimizer in optimizers)} belongs "
                 "to the model, so it would train nothing; make the optimizer in configure_optimizers."

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with _cleaned_up_when_terminated():
             return _run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         sys.stderr.write(f"lightning-quartet export: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -167,6 +167,9 @@ def _load(model: Any, part: dict[str, Tensor], prefix: str, ckpt: Path, model_fo
     for key, own in model.state_dict().items():  # copying would cast these silently
         if key in part and own.is_floating_point() and not part[key].is_floating_point():
             raise ValueError(f"{key} of {ckpt} is {part[key].dtype}; it must be a floating-point tensor.")
+    for key, own in model.state_dict(keep_vars=True).items():  # a model made from config.json is in float32
+        if key in part and own.is_floating_point():
+            own.data = own.data.to(part[key].dtype)
     try:
         missing, unexpected = model.load_state_dict(part, strict=False)
     except RuntimeError as error:
@@ -195,8 +198,8 @@ def _read(ckpt: Path) -> dict[str, Any]:
         content = torch.load(ckpt, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises six kinds for damaged and for hostile files
         raise ValueError(
-            f"{ckpt} is damaged or holds Python objects that could run code ({type(error).__name__}); save it with "
-            "save_weights_only=True, or pass a .safetensors file and --recipe."
+            f"{ckpt} is damaged or holds Python objects that could run code ({type(error).__name__}); keep them out of "
+            "it with save_hyperparameters(ignore=[...]), or pass its state dict as .safetensors and --recipe."
         ) from None
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}

@@ -30,6 +30,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece*.model",
     "chat_template.j*",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -155,17 +157,17 @@ def write_tensors(
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files (data only, never code) of a model folder.
+    """Copy the files (data only, never code) of a model folder's tokenizer and image processor.
 
     Raises:
-        ValueError: If a file is a link out of the folder, or tokenizer_config.json is not valid.
+        ValueError: If a file is a link out of the folder, or one that ends in _config.json is not valid.
     """
     if source is None:
         return
     for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}):
         if not _inside(path, source):
             raise ValueError(f"{path} is a link out of its folder; replace it by the file itself.")
-        if path.name == "tokenizer_config.json":
+        if path.name.endswith("_config.json"):
             values = read_json(path)
             values.pop("auto_map", None)  # it names code, which is not copied
             write_json(folder / path.name, values)

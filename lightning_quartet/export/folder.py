@@ -41,6 +41,7 @@ def write_config(exported: ExportedModel, folder: Path, quantization_config: dic
     values = config.to_dict()
     # A config.json that names code to load would need that code beside it.
     values.pop("auto_map", None)
+    values.pop("_name_or_path", None)  # a path of this machine
     values["architectures"] = [exported.architecture]
     if exported.dtype is not None:
         values["dtype"] = str(exported.dtype).removeprefix("torch.")

@@ -75,6 +75,7 @@ def from_pretrained_quartet(
         setattr(model.get_submodule(owner), attribute, buffer)
     model.tie_weights()
     read_generation_config(model, folder)
+    model.config.name_or_path = str(folder)  # as transformers does: where export_quartet finds the tokenizer
     return model.to(device).eval()
 
 
@@ -201,9 +202,10 @@ def _convert(model: Any, folder: Path, config: QuartetConfig, modules: list[str]
 
 
 def _plain(values: Any) -> Any:
-    """A config without what could name code to fetch and run: ``auto_map``, attention kernels."""
+    """A config without what could name code to fetch and run (``auto_map``, attention kernels) or another folder."""
     if isinstance(values, dict):
-        return {k: _plain(v) for k, v in values.items() if k != "auto_map" and "implementation" not in str(k)}
+        left_out = ("auto_map", "_name_or_path")
+        return {k: _plain(v) for k, v in values.items() if k not in left_out and "implementation" not in str(k)}
     return [_plain(value) for value in values] if isinstance(values, list) else values
 
 
@@ -268,7 +270,8 @@ def _check(model: Any, files: TensorFiles, reader: _Reader) -> list[str]:
     layers = [name for name, module in model.named_modules() if isinstance(module, QuartetLinear)]
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict()
-    wanted = [key for key in state if key not in tied or reader.name(key) in files]
+    described = {f"{layer}._extra_state" for layer in layers}  # by config.json
+    wanted = [key for key in state if key not in described and (key not in tied or reader.name(key) in files)]
     for key in wanted:
         packed = key.endswith((".weight_codes", ".weight_scales")) and key.rpartition(".")[0] in layers
         if state[key].is_floating_point() or packed:

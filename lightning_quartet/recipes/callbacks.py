@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 
 from lightning_quartet.recipes.text import SEPARATOR, TextDataModule
+from lightning_quartet.strategies import QuartetFSDP
 
 
 class LossCurve(Callback):
@@ -31,11 +33,17 @@ class LossCurve(Callback):
         self.losses: dict[str, list[tuple[int, float]]] = {train: [], validation: []}
         self._train, self._validation = train, validation
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:  # another run; a checkpoint is restored after this
+            self.losses = {name: [] for name in self.losses}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:  # reading a loss waits for the device
+        points = self.losses[self._train]
+        noted = points[-1][0] if points else 0
+        if trainer.global_step % every == 0 and trainer.global_step > noted:  # reading a loss waits for the device
             self._note(trainer, self._train)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +123,11 @@ class TextSample(Callback):
         pl_module.eval()
         # Compiled layers would be compiled anew for every length.
         eager = torch.compiler.set_stance("force_eager")
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]), eager:
-            out = pl_module.model.generate(  # type: ignore[operator, union-attr]
+        generate: Any = pl_module.model.generate  # type: ignore[union-attr]
+        if isinstance(trainer.strategy, QuartetFSDP):
+            generate = partial(trainer.strategy.call, generate)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), eager:
+            out = generate(
                 input_ids=torch.tensor([ids], device=pl_module.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=pl_module.device),
                 max_new_tokens=self.max_new_tokens,

@@ -175,12 +175,12 @@ class FashionMNISTDataModule(LightningDataModule):
             return
         images, labels = self._read("train")
         cut = len(images) - self.validation_images
-        if cut < self.batch_size:
+        used = cut if self.train_images is None else min(cut, self.train_images)
+        if used < self.batch_size:
             raise ValueError(
                 f"{str(self.path)!r} has {len(images)} training images, too few for validation_images="
-                f"{self.validation_images} and batch_size={self.batch_size}."
+                f"{self.validation_images}, train_images={self.train_images} and batch_size={self.batch_size}."
             )
-        used = cut if self.train_images is None else min(cut, self.train_images)
         self._sets = {
             "train": TensorDataset(images[:used], labels[:used]),
             "validation": TensorDataset(images[cut:], labels[cut:]),

@@ -39,6 +39,7 @@ class _Root(nn.Module):
         self.module = module
         self.weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
         self.running = False
+        self.again = False  # gathered after a backward inside a step
 
     def forward(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.running = True
@@ -53,21 +54,57 @@ class _Root(nn.Module):
 
         @functools.wraps(method)
         def routed(*args: Any, **kwargs: Any) -> Any:
-            if self.running:
-                return method(*args, **kwargs)
-            # All at once, and not on FSDP2's stream: there, beside the kernels of a layer that leave no room, each of a
-            # block's weights would wait for its turn, and the block for the last.
-            shards = _shards_of(self.weights)
-            for weight, shard in zip(self.weights, shards, strict=True):
-                shard.pack(weight.device_mesh.size())  # type: ignore[attr-defined]
-                shard.is_packed = True
-            try:
-                return self(method, *args, **kwargs)
-            finally:
-                for shard in shards:
-                    shard.is_packed = False
+            return self.run(method, *args, **kwargs)
 
         self.module.__dict__[name] = routed
+
+    def follow(self, name: str) -> None:
+        """After calls of a method that freezes or unfreezes parameters, let gathered ones be like their shards."""
+        method = getattr(self.module, name)
+
+        @functools.wraps(method)
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            method(*args, **kwargs)
+            self.gather_again()
+
+        self.module.__dict__[name] = followed
+
+    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call what computes with the module."""
+        if self.running:
+            return method(*args, **kwargs)
+        # All at once, and not on FSDP2's stream: there, beside the kernels of a layer that leave no room, each of a
+        # block's weights would wait for its turn, and the block for the last.
+        shards = _shards_of(self.weights)
+        for weight, shard in zip(self.weights, shards, strict=True):
+            shard.pack(weight.device_mesh.size())  # type: ignore[attr-defined]
+            shard.is_packed = True
+        try:
+            return self(method, *args, **kwargs)
+        finally:
+            for shard in shards:
+                shard.is_packed = False
+            # Without a backward to come, nothing else frees them, and hooks would find gathered weights.
+            if self.again or not torch.is_grad_enabled():
+                self.free()
+
+    def gather_again(self) -> None:
+        """Inside a step (manual optimization), for what computes after a backward or after weights changed."""
+        if self.running:
+            self.free()
+            self.unshard()  # type: ignore[operator]
+            self.again = True
+
+    def free(self) -> None:
+        """Keep no gathered weights, here and in blocks."""
+        from torch.distributed.fsdp import FSDPModule
+
+        self.again = False
+        self.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
 
 
 class QuartetFSDP(ModelParallelStrategy):
@@ -186,6 +223,8 @@ class QuartetFSDP(ModelParallelStrategy):
         for name in _ENTRIES:
             if is_overridden(name, self.lightning_module):
                 root.route(name)
+        for name in ("toggle_optimizer", "untoggle_optimizer"):
+            root.follow(name)
         model.__dict__["_quartet_root"] = root  # no submodule: it has the model as one
         return root
 
@@ -198,6 +237,7 @@ class QuartetFSDP(ModelParallelStrategy):
         loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         with self._finish_gradients():
             self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        self._root.gather_again()
         loss = self.precision_plugin.post_backward(loss, self.lightning_module)
         self.post_backward(loss)
         return loss
@@ -250,7 +290,30 @@ class QuartetFSDP(ModelParallelStrategy):
                 "Under QuartetFSDP a backward has to go through the strategy, which finishes the gradients of packed "
                 "weights: call self.manual_backward(loss) instead of loss.backward()."
             )
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        for shard in _shards_of(self._root.weights):
+            shard.is_packed = False  # another forward of this step must not send the old codes
+        self._root.gather_again()
+        return result
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call something other than ``forward`` and the steps that computes with the model, on all ranks.
+
+        Args:
+            method: For example ``model.generate``; what it calls in turn needs no such care.
+            args: Its arguments.
+            kwargs: Its arguments.
+
+        Returns:
+            What it returns.
+
+        Example:
+            ```python
+            with torch.no_grad():
+                tokens = trainer.strategy.call(module.model.generate, input_ids=prompt)
+            ```
+        """
+        return self._root.run(method, *args, **kwargs)
 
     @override
     @contextmanager

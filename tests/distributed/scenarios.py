@@ -341,6 +341,90 @@ class Direct(Net):
         optimizer.step()
 
 
+class Outside(Net):
+    """With a layer that is in no block."""
+
+    def build(self) -> None:
+        super().build()
+        self.middle = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.middle(self.features(x)))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.embedding(x)))
+
+    def describe(self, x: Tensor) -> Tensor:
+        """Goes around ``forward``."""
+        return self.middle(self.features(x))
+
+
+class Repeated(Outside):
+    """Manual optimization: two steps a batch, each with the gradients of two halves."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(2):
+            optimizer.zero_grad()
+            for half in batch.chunk(2):
+                loss = self.loss(half) / 2
+                self.losses.append(loss.item())
+                self.manual_backward(loss)
+            optimizer.step()
+
+
+class Toggling(Repeated):
+    """Trains two layers that are in no block in turn."""
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.middle, self.lm_head)]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = self.loss(batch)
+            self.losses.append(loss.item())
+            self.manual_backward(loss)
+            optimizer.step()  # gradients stay: those of the other layer must not be added to
+            self.untoggle_optimizer(optimizer)
+
+
+class Looking(pl.Callback):
+    """Looks at a weight where no step is under way, and calls what is neither ``forward`` nor a step."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def look(self, module: Outside) -> None:
+        self.seen.append(type(getattr(module.middle.weight, "_local_tensor", module.middle.weight)).__name__)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Outside) -> None:  # after the sanity check
+        self.look(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Outside, *rest: Any) -> None:
+        self.look(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Outside) -> None:
+        x = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            fsdp = isinstance(trainer.strategy, QuartetFSDP)
+            self.described = trainer.strategy.call(pl_module.describe, x) if fsdp else pl_module.describe(x)
+        self.look(pl_module)
+
+
+def look(world_size: int = 2, kind: type[Outside] = Outside, fsdp: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A training with validations and a monitor: what hooks see."""
+    looking, monitor = Looking(), QuartetMonitor(every_n_steps=1)
+    strategy = "auto" if fsdp is None else QuartetFSDP(**fsdp)
+    trainer = make_trainer(world_size, strategy, 1, callbacks=[QuartetQAT(EXACT), monitor, looking])
+    trainer.fit(kind(), batches(world_size, world_size, 2), batches(world_size, world_size, 1))
+    return {"seen": looking.seen, "described": looking.described, "measured": monitor.latest}
+
+
 class Tied(Net):
     """Its two blocks share a layer."""
 

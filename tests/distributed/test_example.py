@@ -42,6 +42,32 @@ def test_the_configuration_trains_and_saves(ranks, tmp_path):
     assert {path.name for path in folders[0].iterdir()} >= {".metadata", "meta.pt"}
 
 
+def test_a_recipe_that_ends_with_generated_text_runs_sharded(ranks, tmp_path):
+    text = lzma.decompress((ROOT / "examples" / "language_model" / "sotu.txt.xz").read_bytes()).decode()
+    (tmp_path / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    arguments = [
+        "fit",
+        f"--config={ROOT / 'examples' / 'language_model' / 'config.yaml'}",
+        "--trainer.strategy=quartet_fsdp",
+        "--trainer.devices=2",
+        "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=1",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        *(f"--model.init_args.config.{name}={value}" for name, value in sizes.items()),
+        "--model.init_args.config.num_attention_heads=2",
+        "--model.init_args.config.num_key_value_heads=1",
+        f"--data.init_args.path={tmp_path / 'sotu.txt'}",
+        "--data.init_args.validation_documents=2",
+        "--data.init_args.vocabulary_size=512",
+        "--data.init_args.sequence_length=32",
+        f"--data.init_args.cache_dir={tmp_path / 'cache'}",
+    ]
+    ranks(scenarios.run_command, arguments=arguments)
+    (sample,) = tmp_path.rglob("sample.txt")
+    assert sample.read_text().startswith("My fellow Americans,")
+
+
 def expectations(*arguments):
     script = ROOT / "examples" / "distributed" / "expect.py"
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True).stdout

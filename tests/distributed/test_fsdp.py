@@ -173,6 +173,36 @@ def test_what_reads_a_weight_itself_gets_its_own_gradient(ranks, kind, packed, a
         assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
 
 
+WAYS = [{}, {"reshard_after_forward": False}, {"packed": False}]
+
+
+@pytest.mark.parametrize(("kind", "losses_"), [(scenarios.Repeated, 12), (scenarios.Toggling, 6)])
+@pytest.mark.parametrize("fsdp", WAYS, ids=str)
+def test_several_backwards_and_steps_in_one_training_step(ranks, fsdp, kind, losses_):
+    options = {"kind": kind, "steps": 3}
+    results, expected = ranks(scenarios.train, fsdp=fsdp, **options), scenarios.train(1, **options)
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
+    assert len(reference) == losses_
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize("kind", [scenarios.Outside, scenarios.Repeated])
+@pytest.mark.parametrize("fsdp", WAYS, ids=str)
+def test_hooks_and_monitor_find_shards_between_steps_and_other_methods_can_be_called(ranks, kind, fsdp):
+    first, second = ranks(scenarios.look, kind=kind, fsdp=fsdp)
+    expected = scenarios.look(world_size=1, kind=kind)
+    assert set(first["seen"]) == {"Tensor" if fsdp.get("packed") is False else "ShardedWeight"}
+    assert len(first["seen"]) == 4
+    torch.testing.assert_close(first["described"], expected["described"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(first["described"], second["described"])
+    assert any(name.startswith("quartet/middle/weights") for name in first["measured"])
+    for name, value in first["measured"].items():
+        if "/weights/" in name:
+            assert value == pytest.approx(expected["measured"][name], rel=1e-4), name
+
+
 @pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_refusals_are_one_sentence(ranks, options, message):
     with pytest.raises(Failure, match=message) as failure:

@@ -9,14 +9,14 @@ import peft
 import pytest
 import torch
 from models import bert, llama, tokenizer, tokens
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_files import Bomb
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_quartet import QuartetConfig, QuartetLinear, QuartetPrecision, QuartetQAT, convert_to_quartet
 from lightning_quartet.cli import main
-from lightning_quartet.export import from_pretrained_quartet
+from lightning_quartet.export import export_quartet, from_pretrained_quartet
 from lightning_quartet.recipes import TextClassifier
 
 
@@ -89,6 +89,26 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(tmp_path, source, confi
     dense = type(trained).from_pretrained(tmp_path / "dense")
     layer = trained.model.layers[0].mlp.up_proj
     assert torch.equal(dense.model.layers[0].mlp.up_proj.weight, layer.dequantized_weight())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tensors_keep_the_dtypes_of_the_training(tmp_path, source, packed):
+    callback = QuartetQAT(QuartetConfig(store_master_weights=not packed))
+    ckpt, _, trained = train(tmp_path / "a.ckpt", callback, precision="bf16-true")
+    assert export(ckpt, source, tmp_path / "out") == 0
+    export_quartet(trained, "quartet", tmp_path / "b", source=source)
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "b"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.uint8, torch.bfloat16}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
+def test_packed_codes_of_another_recipe_are_refused(tmp_path, source, capsys):
+    config = QuartetConfig(store_master_weights=False, hadamard_group_size=64)
+    ckpt, *_ = train(tmp_path / "a.ckpt", QuartetQAT(config), weights_only=True)
+    assert export(ckpt, source, tmp_path / "out", "--recipe", "quartet") == 1
+    assert "codes of 'quest hadamard 64' and the layer computes with 'quest hadamard 32'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_left_alone_in_the_training_are_left_alone(tmp_path, source):

@@ -12,6 +12,7 @@ from identity_quantisers import take_out_quantisers
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses import FakeTensorMode
 
 from quartet_kernels import (
     MXFP4Tensor,
@@ -22,7 +23,7 @@ from quartet_kernels import (
     reference,
     unpack_mask,
 )
-from quartet_kernels.linear import _last_input, finish_gradient, weight_window
+from quartet_kernels.linear import _constant_seed, _last_input, finish_gradient, weight_window
 from quartet_kernels.ops import forward_factor
 from quartet_kernels.philox import draw_signs, make_seed
 from quartet_kernels.rotation import _matrix, rotation_matrix
@@ -501,6 +502,31 @@ def test_what_a_compiled_layer_keeps_is_made_before_its_first_run(backend, dtype
     assert _matrix.cache_info().hits > 0
 
 
+@pytest.mark.parametrize("how", ["export", "fake"])
+def test_tracers_leave_nothing_behind(how):
+    """Not with caches filled: a tracer's tensors must not get into them."""
+    weight = torch.randn(64, 64, requires_grad=True)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return quartet_linear(x, weight, config=QuartetConfig(backend="reference"))
+
+    x = torch.randn(4, 64)
+    _matrix.cache_clear()
+    _constant_seed.cache_clear()
+    if how == "export":
+        exported = torch.export.export(Layer(), (x,), strict=False).module()
+        assert type(exported(x)) is torch.Tensor
+    else:
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x).requires_grad_()
+            quartet_linear(fake, mode.from_tensor(weight), config=QuartetConfig(backend="reference")).sum().backward()
+            assert fake.grad.shape == x.shape
+    y = Layer()(x.requires_grad_())
+    y.sum().backward()
+    assert type(y.detach()) is type(x.grad) is torch.Tensor
+
+
 def count_projections(monkeypatch):
     from quartet_kernels import linear
 
@@ -532,7 +558,9 @@ def test_a_changed_input_is_quantised_again(monkeypatch):
     x.mul_(-1)
     assert torch.equal(quartet_linear(x, weight, config=QuartetConfig(), seed=1), -first)
     quartet_linear(x, weight, config=QuartetConfig(scale_rule="floor"), seed=1)
-    assert sum(tensor is x for tensor in calls) == 3
+    x.data = torch.randn(8, 64)
+    assert quartet_linear(x, weight, config=QuartetConfig(scale_rule="floor"), seed=1).shape == (8, 32)
+    assert sum(tensor is x for tensor in calls) == 4
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 if torch.cuda.is_available():
     pytest.skip("the interpreter is only used where there is no GPU: see tests/gpu", allow_module_level=True)
 
-from quartet_kernels import reference  # noqa: E402
+from quartet_kernels import quantize_mxfp4, reference  # noqa: E402
 from quartet_kernels.config import QuartetConfig  # noqa: E402
 from quartet_kernels.mxfp4 import decode, pack_codes, scale_values, unpack_codes, unpack_mask  # noqa: E402
 from quartet_kernels.philox import GRAD, GRAD_T, INPUT_T, SIGNS_DW, draw_signs, make_seed  # noqa: E402
@@ -155,6 +155,18 @@ def test_saturation_of_both_candidates():
     for rule in ("mse", "nearest", "floor"):
         assert_forward(x, transform_init="identity", scale_rule=rule)
         assert_forward(x - x.mean(-1, keepdim=True), transform_init="identity", statistic="std", scale_rule=rule)
+
+
+def test_groups_that_a_rotation_makes_constant_are_not_wiped_out():
+    """An outlier in the first channel of a block, under the statistic that sees no deviation in it."""
+    x = torch.zeros(64, 64)
+    x[:, 0] = torch.randn(64).exp()
+    x[:, 32] = -torch.randn(64).exp()
+    for rule in ("mse", "nearest", "floor"):
+        assert_forward(x, statistic="std", scale_rule=rule)
+        y = quantize_mxfp4(x, config=QuartetConfig(statistic="std", scale_rule=rule, backend="reference")).dequantize()
+        exact = x[:, :1].expand(64, 32) * 32**-0.5
+        assert ((y[:, :32] - exact).abs() <= 0.26 * exact.abs()).all()  # of abs-max: 8 becomes 6
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 32), (67, 96)])

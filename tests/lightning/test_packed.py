@@ -88,13 +88,38 @@ def test_state_dict_keys_and_safetensors(tmp_path):
         "weight_codes": (torch.uint8, (96, 32)),
         "weight_scales": (torch.uint8, (96, 2)),
         "bias": (torch.float32, (96,)),
+        "_extra_state": (torch.uint8, (17,)),
     }
+    assert bytes(state["_extra_state"].tolist()) == b"quest hadamard 32"
     save_file(state, tmp_path / "a.safetensors")
     other = QuartetLinear(64, 96, config=QuartetConfig(store_master_weights=False))
     pack_quartet(other)
     other.load_state_dict(load_file(tmp_path / "a.safetensors"))
     x = torch.randn(3, 64)
     assert torch.equal(other(x), packed(x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuartetConfig(transform_init="gsr"),
+        QuartetConfig(forward_method="abs_max"),
+        QuartetConfig(hadamard_group_size=64),
+    ],
+    ids=str,
+)
+def test_codes_of_another_rotation_are_refused_and_those_that_do_not_say_it_are_taken(config):
+    packed, other = layer(), layer(config)
+    for module in (packed, other):
+        pack_quartet(module)
+    before = weights(other)
+    with pytest.raises(RuntimeError, match=r"codes of 'quest hadamard 32' and the layer computes with .*config"):
+        other.load_state_dict(packed.state_dict())
+    assert_same(before, weights(other))
+    state = packed.state_dict()
+    del state["_extra_state"]
+    other.load_state_dict(state)
+    assert torch.equal(other.weight_codes, packed.weight_codes)
 
 
 def test_a_training_checkpoint_is_packed_while_it_is_loaded():
@@ -181,6 +206,26 @@ def test_layers_that_share_a_weight_share_the_codes():
     assert pack_quartet(model) == 2
     assert model[0].weight_codes is model[1].weight_codes
     assert pack_quartet(model) == 0
+    with torch.inference_mode():
+        revert_from_quartet(model)
+    assert model[0].weight is model[1].weight
+    model[0](torch.randn(3, 64)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("how", ["config", "variable"])
+def test_weights_on_the_cpu_are_packed_whatever_the_backend_of_the_training(how, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    config = QuartetConfig(backend="fp8" if how == "config" else "auto")
+    expected, packed = layer(), layer(config)
+    if how == "variable":
+        monkeypatch.setenv("QUARTET_BACKEND", "fp8")
+    assert torch.equal(packed.dequantized_weight(), packed.dequantized_weight())
+    pack_quartet(packed)
+    monkeypatch.delenv("QUARTET_BACKEND", raising=False)
+    pack_quartet(expected)
+    assert torch.equal(packed.weight_codes, expected.weight_codes)
+    assert torch.equal(packed.weight_scales, expected.weight_scales)
 
 
 def test_what_cannot_be_packed():
@@ -222,7 +267,7 @@ def test_callback_packs_at_setup_and_trains_what_is_left(tmp_path):
     before = weights(model)
     trainer(callbacks=[QuartetQAT(config)], limit_train_batches=3).fit(model)
     for name, tensor in weights(model).items():
-        assert torch.equal(tensor, before[name]) == ("weight_" in name), name
+        assert torch.equal(tensor, before[name]) == ("weight_" in name or "_extra" in name), name
     t.save_checkpoint(tmp_path / "b.ckpt")
     again = make()
     t = trainer(callbacks=[QuartetQAT(config)])

@@ -127,6 +127,30 @@ def test_revert_on_end_gives_back_plain_layers():
     assert type(model.net[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("phase", [{"start_step": 3}, {"end_step": 3}, {}], ids=str)
+def test_float32_masters_go_with_phases_and_are_cast_back_when_reverted(phase, packed, precision):
+    model = make()
+    config = QuartetConfig(store_master_weights=not packed)
+    t = fit(model, QuartetQAT(config, master_dtype="float32", revert_on_end=True, **phase), precision=precision)
+    assert t.global_step == 10
+    assert all(map(math.isfinite, model.losses))
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(torch.randn(4, 32, dtype=dtype)).dtype == dtype
+
+
+def test_what_ended_a_run_is_raised_where_its_layers_cannot_be_reverted():
+    class Failing(Toy):
+        def training_step(self, batch, batch_idx):
+            nn.utils.parametrize.register_parametrization(self.net[0], "bias", nn.Identity())
+            raise ArithmeticError("mine")
+
+    with pytest.warns(UserWarning, match="could not revert the layers"), pytest.raises(ArithmeticError, match="mine"):
+        fit(make(Failing), QuartetQAT(revert_on_end=True))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, "Ctrl-C"])
 @pytest.mark.parametrize("revert", [False, True])
 @pytest.mark.parametrize("model_class", [Toy, LateToy])
@@ -739,6 +763,24 @@ def test_an_optimizer_of_other_parameters_is_refused():
 
     with pytest.raises(MisconfigurationException, match="None of the parameters of SGD"):
         fit(make(Elsewhere))
+
+
+def test_latent_variables_of_a_frozen_model_are_optimised():
+    class Latent(Toy):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.requires_grad_(False)
+            self.z = torch.zeros(32, requires_grad=True)
+
+        def forward(self, x):
+            return super().forward(x + self.z)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.z], 0.1)
+
+    model = make(Latent)
+    fit(model)
+    assert model.z.abs().min() > 0
 
 
 def test_two_callbacks_are_refused():

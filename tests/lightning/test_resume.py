@@ -69,6 +69,23 @@ def test_float32_masters_resume_exactly(tmp_path, model_class):
     assert_same(weights(whole), weights(second))
 
 
+@pytest.mark.parametrize("before", ["callback", "plugin"])
+@pytest.mark.parametrize("after", ["callback", "plugin"])
+def test_callback_and_plugin_go_on_from_each_others_checkpoints(tmp_path, before, after):
+    """With the random bits of the steps that follow."""
+    runs = []
+    for first, second in (("callback", "callback"), (before, after)):
+        t = trainer(max_epochs=1, **parts(first, "quartet_stochastic"))
+        t.fit(make(dropout=0.0))
+        t.save_checkpoint(tmp_path / "a.ckpt")
+        model = Toy(dropout=0.0)
+        torch.manual_seed(3)
+        trainer(max_epochs=2, **parts(second, "quartet_stochastic")).fit(model, ckpt_path=tmp_path / "a.ckpt")
+        runs.append(model)
+    assert_same(*(run.losses for run in runs))
+    assert_same(*map(weights, runs))
+
+
 def test_resume_in_the_middle_of_an_accumulation(tmp_path):
     """A checkpoint between two micro-batches: the next batch is the next micro-batch."""
     model = make(batches=6)

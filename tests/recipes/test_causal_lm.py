@@ -46,6 +46,22 @@ def test_it_learns_logs_and_draws_its_curve(tmp_path: Path) -> None:
     assert restored.losses == curve.losses
 
 
+def test_a_curve_has_one_point_a_step_and_that_of_one_run(tmp_path: Path) -> None:
+    curve = LossCurve()
+    for _ in range(2):
+        options = {"accumulate_grad_batches": 4, "log_every_n_steps": 1, "max_epochs": 2}
+        fit = trainer(tmp_path, callbacks=[curve], **options)
+        fit.fit(CausalLM(TINY), counting())
+        assert fit.global_step == 4
+        assert [step for step, _ in curve.losses["train_loss"]] == [1, 2, 3, 4]
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = LossCurve()
+    more = trainer(tmp_path, callbacks=[resumed], **{**options, "max_epochs": 3})
+    more.fit(CausalLM(TINY), counting(), ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.losses["train_loss"][:4] == curve.losses["train_loss"]
+    assert [step for step, _ in resumed.losses["train_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
 def test_layers_are_compiled_and_adapters_added_on_demand() -> None:
     layers = [CausalLM(TINY, compile_layers=on).model.get_decoder().layers[0] for on in (False, True, "default")]
     assert [layer._compiled_call_impl is not None for layer in layers] == [False, True, True]

@@ -110,6 +110,13 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     plain, ours = script["split"](config)
     assert plain["trainer"]["callbacks"] == []
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
+    short = [{"class_path": "QuartetQAT", "init_args": {"config": "bf16_backward"}}]
+    assert script["split"]({"trainer": {"callbacks": short}})[1]["trainer"]["callbacks"] == short
+    assert script["split"]({"trainer": {}})[1]["trainer"]["callbacks"] == [
+        {"class_path": "lightning_quartet.QuartetQAT"}
+    ]
+    with pytest.raises(SystemExit, match="QuartetPrecision in the configuration"):
+        script["split"]({"trainer": {"plugins": [{"class_path": "lightning_quartet.QuartetPrecision"}]}})
     quick = [*options("classify_text", text_folder), "--trainer.max_epochs=6", "--model.init_args.learning_rate=3e-3"]
     recipes = ["quartet", "bf16_backward"]
     rows = dict(script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, recipes, [], ()))
@@ -202,6 +209,11 @@ def test_image_data(image_folder: Path) -> None:
     want = (7 * 25 / 255 - 0.456) / 0.224
     assert torch.allclose(batch["pixel_values"][7, 1], torch.tensor(want))
     assert labels.tolist() == list(range(8))
+
+    with pytest.raises(ValueError, match="too few for validation_images=10, train_images=7 and batch_size=8"):
+        FashionMNISTDataModule(str(image_folder / "fashion"), batch_size=8, validation_images=10, train_images=7).setup(
+            "fit"
+        )
 
     file = image_folder / "fashion" / "t10k-images-idx3-ubyte.gz"
     whole = gzip.decompress(file.read_bytes())
