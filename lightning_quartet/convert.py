@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_quartet.linear import QuartetLinear, become_linear, become_quartet, forget, link, unsupported_shape
 from lightning_quartet.packed import PackedQuartetLinear, pack_layers
@@ -26,6 +28,7 @@ class ConversionReport:
         skipped: Name of each linear layer that stays as it is, and the reason.
         unchanged: Name of each layer converted before that would be another now, and why it would.
         config: The numerics of the converted layers.
+        share: Of the model's parameters, those in layers that are QuartetLinear now.
     """
 
     converted: tuple[str, ...]
@@ -33,6 +36,7 @@ class ConversionReport:
     skipped: dict[str, str]
     config: QuartetConfig
     unchanged: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
 
     def __str__(self) -> str:
         done = len(self.converted) + len(self.already_converted)
@@ -45,6 +49,8 @@ class ConversionReport:
             for reason, names in reasons.items():
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 lines.append(f"  {verb} {shown}: {reason}")
+        if self.share < 0.5:
+            lines.append(f"  {self.share:.0%} of the model's parameters are in MXFP4: only nn.Linear layers can be")
         return "\n".join(lines)
 
 
@@ -143,7 +149,8 @@ def convert(
                     "correct the pattern or leave it out."
                 )
 
-    plan = _Plan(config=config, given=given, filter_fn=module_filter_fn)
+    metrics = {inner for metric in module.modules() if isinstance(metric, Metric) for inner in metric.modules()}
+    plan = _Plan(config=config, given=given, filter_fn=module_filter_fn, metrics=metrics)
     for layer, aliases in names.items():
         if isinstance(layer, nn.Linear):
             plan.add(layer, aliases)
@@ -169,7 +176,17 @@ def convert(
         skipped=plan.skipped,
         config=config,
         unchanged=plan.unchanged,
+        share=_share(module),
     )
+
+
+def _share(module: nn.Module) -> float:
+    """Of a model's parameters, those that are weights in MXFP4."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuartetLinear)]
+    ours = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name.startswith("weight")}
+    others = [p for p in module.parameters() if id(p) not in ours and not nn.parameter.is_lazy(p)]
+    inside = sum(layer.in_features * layer.out_features for layer in layers)
+    return inside / max(inside + sum(parameter.numel() for parameter in others), 1)
 
 
 def revert(module: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -198,6 +215,7 @@ class _Plan:
     config: QuartetConfig
     given: tuple[str, ...] | None
     filter_fn: Callable[[nn.Module, str], bool] | None
+    metrics: set[nn.Module]
     layers: dict[str, nn.Linear] = field(default_factory=dict)
     already_converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -231,6 +249,8 @@ class _Plan:
             return f"matches {pattern!r}"
         if self._pattern(aliases, _LORA_ADAPTERS) is not None:
             return "a LoRA adapter"
+        if layer in self.metrics:
+            return "part of a torchmetrics Metric, whose network is not trained"
         if isinstance(layer, nn.LazyLinear):
             return "lazy: it has no sizes before the model's first forward"
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -270,6 +290,24 @@ def trained_as(config: QuartetConfig, patterns: Sequence[str] | None, before: li
     """What a checkpoint says of how its layers were trained, as plain values; ``export`` reads it."""
     listed = None if patterns is None else [*patterns]
     return {"config": config.to_dict(), "modules_to_not_convert": listed, "converted_before": before}
+
+
+_NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
+
+
+def warn_of_changes(saved: dict[str, Any], mine: dict[str, Any], kind: str) -> None:
+    """Warn where a checkpoint's state, with what `trained_as` gave, differs from that of a ``kind`` now."""
+    old, new = saved["config"], mine["config"]
+    numerics = [name for name in {**new, **old} if name not in _NOT_NUMERICS]
+    options = [name for name in ("modules_to_not_convert", "start_step", "end_step") if name in saved and name in mine]
+    for what, names, before, now in (("QuartetConfig", numerics, old, new), (kind, options, saved, mine)):
+        changed = [
+            f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            rank_zero_warn(f"The checkpoint was trained with another {what} ({'; '.join(changed)}).")
 
 
 def without_wrappers(name: str) -> str:

@@ -116,7 +116,7 @@ class QuartetLinear(nn.Linear):
 
 def plain_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``nn.Linear``'s product; float32 masters of a model in bfloat16 are multiplied as the input's dtype."""
-    if not torch.is_autocast_enabled(input.device.type):
+    if input.device.type == "meta" or not torch.is_autocast_enabled(input.device.type):
         weight = weight.to(input.dtype)
         bias = None if bias is None else bias.to(input.dtype)
     return F.linear(input, weight, bias)
@@ -172,7 +172,8 @@ def set_quartet_step(module: nn.Module, step: int, micro_batch: int = 0, *, rank
 
     The random signs (and stochastic rounding) of the backward depend on the config's seed, the layer's number among
     the QuartetLinear layers of ``module``, this step, this micro-batch and the rank, and on nothing else. So call it
-    with the same ``module`` each time. Lightning users need not: ``QuartetQAT`` and ``QuartetPrecision`` call it.
+    with the same ``module`` each time, and not between a forward under activation checkpointing and its backward, which
+    computes it again with what is set then. Lightning users need not: ``QuartetQAT`` and ``QuartetPrecision`` call it.
 
     Args:
         module: The model.

@@ -97,7 +97,9 @@ class PackedQuartetLinear(QuartetLinear):
                 return
             packed = _quantize(state_dict.pop(names[0]), self.quartet_config)
             state_dict.update({names[1]: packed.codes, names[2]: packed.scales})
-        text = state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())  # files may go without
+        text = state_dict.get(f"{prefix}_extra_state")
+        if not isinstance(text, Tensor):  # a file may go without; torch.distributed.checkpoint has a placeholder then
+            text = state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
         meaning = bytes(text.flatten().tolist()).decode("ascii", "replace")
         if meaning != _meaning(self.quartet_config):
             error_msgs.append(

@@ -149,7 +149,8 @@ def _read_events(folder: Path) -> Iterator[tuple[str, int, float]]:
 def _draw_losses(curves: Curves) -> Figure | None:
     from matplotlib.figure import Figure
 
-    losses = {name: points for name, points in curves.items() if "loss" in name.rpartition("/")[2]}
+    ours = ("quartet/", "quartet_mean/", "quartet_worst/")  # of layers, some with such a name
+    losses = {name: points for name, points in curves.items() if "loss" in name and not name.startswith(ours)}
     if not losses:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")

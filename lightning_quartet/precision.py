@@ -11,11 +11,18 @@ from lightning.fabric.plugins.precision import Precision as FabricPrecision
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_quartet.convert import convert_to_quartet, converted_before, resolve_config, resolve_patterns, trained_as
+from lightning_quartet.convert import (
+    convert,
+    converted_before,
+    resolve_config,
+    resolve_patterns,
+    trained_as,
+    warn_of_changes,
+)
 from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step
 from quartet_kernels import QuartetConfig
 
@@ -40,8 +47,8 @@ class QuartetPrecision(Precision):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the precision or recipe is unknown; when it converts a model, if a pattern matches nothing or
-            there is no layer to convert.
+        ValueError: If the precision or recipe is unknown; when it converts a model (of a Fabric, the first), if a
+            pattern matches nothing or there is no layer to convert.
     """
 
     def __init__(
@@ -99,9 +106,13 @@ class QuartetPrecision(Precision):
         self._plain = self._trainer_plugin if in_trainer else self._fabric_plugin
         if not self._callback_converts:
             before = {layer for layer in module.modules() if isinstance(layer, QuartetLinear)}
-            report = convert_to_quartet(module, config=self.config, modules_to_not_convert=self.modules_to_not_convert)
+            # A second model of one Fabric, a critic say, may have none.
+            complete = in_trainer or len(self._models) == 0
+            report = convert(module, self.config, self.modules_to_not_convert, complete=complete)
             if report.converted:
                 rank_zero_info(str(report))
+            elif not report.already_converted:
+                rank_zero_warn(f"QuartetPrecision converts no layer of {type(module).__name__}. {report}")
             if not any(module is model for model in self._models):
                 self._models.append(module)
             self._trained = trained_as(report.config, self.modules_to_not_convert, converted_before(module, before))
@@ -164,12 +175,14 @@ class QuartetPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; how the layers compute is this plugin's."""
         self._plain.load_state_dict(state_dict["plain"])
+        if "config" in state_dict and self._trained:
+            warn_of_changes(state_dict, self._trained, "QuartetPrecision")
         self._step, self._micro_batch, self._counting = state_dict["step"], state_dict["micro_batch"], True
 
     @override
     def teardown(self) -> None:
         """Let go of the models."""
-        self._models = nn.ModuleList()
+        self._models, self._loop = nn.ModuleList(), None
         self._plain.teardown()
 
     # The rest is the plain plugin's ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ lets every rank quantise its piece on its own, with the codes that the whole wei
 
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -39,6 +40,10 @@ def parallel_linear(input: Tensor, weight: Any, bias: Any, config: QuartetConfig
     mesh, (placement,) = weight.device_mesh, weight.placements
     _check_groups(weight, placement, mesh.size(), config)
     local = weight.to_local()
+    if config.backward_rounding == "stochastic" and placement != Replicate():
+        # Ranks that share a batch have one seed, for what each of them has whole; their pieces round independently.
+        seed = seed.clone()
+        seed[2] += (mesh.get_local_rank() * (torch.distributed.get_world_size() // mesh.size())) << 16
     if placement == Shard(1):
         x = input.redistribute(mesh, [Shard(input.ndim - 1)]).to_local()
         part = quartet_linear(x, local, config=config, seed=seed)

@@ -60,7 +60,8 @@ class _LastInput(threading.local):
         if x.grad_fn is None:
             return _project(x, config, mask)
         where = x.data_ptr() if type(x) is Tensor else 0  # a tracer's has no address
-        key = (where, x.shape, x._version, mask, config, _stream(x), _capturing(x))
+        inference = torch.is_inference_mode_enabled()  # what is made there cannot be saved for a backward
+        key = (where, x.shape, x._version, mask, config, _stream(x), _capturing(x), inference)
         if not self.kept or self.source is None or self.source() is not x or self.key != key:
             kept = [_project(x, config, mask)]
             # Autograd's own threads may drop the input, and they do not see this thread's attributes.
@@ -95,13 +96,20 @@ class WeightWindow(threading.local):
 
     def project(self, weight: Tensor, config: QuartetConfig, mask: bool) -> Projection:
         """The weight's projection, made anew outside a window or where the weight is not what it was."""
-        if self.step is None or _capturing(weight):  # a graph must quantise what it reads when it is replayed
+        # A graph must quantise what it reads when it is replayed; what is made in inference mode serves no backward.
+        if self.step is None or _capturing(weight) or torch.is_inference_mode_enabled() or weight.is_inference():
             return _project(weight, config, mask)
         key = (weight.data_ptr(), weight._version, mask, config, _stream(weight))
-        found = self._projections.get(id(weight))
+        projections, number = self._projections, id(weight)
+        found = projections.get(number)
         if found is None or found[0]() is not weight or found[1] != key:
-            found = (weakref.ref(weight), key, _project(weight, config, mask))
-            self._projections[id(weight)] = found
+
+            def forget(weight: weakref.ref[Tensor]) -> None:  # one that was computed from other parameters
+                if number in projections and projections[number][0] is weight:
+                    del projections[number]
+
+            found = (weakref.ref(weight, forget), key, _project(weight, config, mask))
+            projections[number] = found
         return found[2]
 
 

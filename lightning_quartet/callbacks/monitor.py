@@ -119,7 +119,8 @@ class QuartetMonitor(Callback):
     ) -> None:
         self._stop()  # the batch before may have been skipped
         step = _step(trainer)
-        if step % self.every_n_steps or step == self._last_step:
+        # The first step of a fit too, whatever it is: who stops or saves by these measures needs them after a resume.
+        if step == self._last_step or (self._last_step is not None and step % self.every_n_steps):
             return
         self._last_step = step
         self._observation = _Observation(self._chosen(pl_module), self.rows)

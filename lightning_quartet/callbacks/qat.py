@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quartet.convert import convert, converted_before, resolve_config, resolve_patterns, revert, trained_as
+from lightning_quartet.convert import (
+    convert,
+    converted_before,
+    resolve_config,
+    resolve_patterns,
+    revert,
+    trained_as,
+    warn_of_changes,
+)
 from lightning_quartet.linear import MICRO_BATCHES, QuartetLinear, set_quartet_step, unset_quartet_step
 from lightning_quartet.packed import PackedQuartetLinear
 from lightning_quartet.precision import QuartetPrecision, data_parallel_rank
@@ -28,7 +36,6 @@ from quartet_kernels.linear import weight_window
 
 _STATE_VERSION = 1
 # How it is computed or kept, not what: may change between runs.
-_NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
 
 
 class QuartetQAT(Callback):
@@ -384,27 +391,16 @@ class QuartetQAT(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._step, self._micro_batch = state_dict["step"], state_dict["micro_batch"]
-        saved, mine = state_dict["config"], self.config.to_dict()
-        names = [name for name in {**mine, **saved} if name not in _NOT_NUMERICS]
-        _warn_of_changes("QuartetConfig", names, saved, mine)
-        names = [name for name in ("modules_to_not_convert", "start_step", "end_step") if name in state_dict]
-        _warn_of_changes("QuartetQAT", names, state_dict, self.state_dict())
+        warn_of_changes(state_dict, self.state_dict(), "QuartetQAT")
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._known_step = checkpoint["global_step"]
-
-
-def _warn_of_changes(kind: str, names: Sequence[str], saved: dict[str, Any], mine: dict[str, Any]) -> None:
-    changed = [
-        f"{name}: {saved.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
-        for name in names
-        if saved.get(name) != mine.get(name)
-    ]
-    if changed:
-        rank_zero_warn(f"The checkpoint was trained with another {kind} ({'; '.join(changed)}).")
+        plugin = checkpoint.get("QuartetPrecision", {})
+        if "config" in plugin and self.state_key not in checkpoint.get("callbacks", {}):
+            warn_of_changes(plugin, self.state_dict(), "QuartetQAT")
 
 
 class _Routing(Precision):

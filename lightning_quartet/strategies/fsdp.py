@@ -39,7 +39,9 @@ class _Root(nn.Module):
         self.module = module
         self.weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
         self.running = False
-        self.again = False  # gathered after a backward inside a step
+        self.again = False  # was anything freed in the middle of this step
+        self.stale = False  # and not gathered since
+        self.interrupted = False  # by an exception in a forward or backward, since FSDP2 was told of one
 
     def forward(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.running = True
@@ -65,7 +67,8 @@ class _Root(nn.Module):
         @functools.wraps(method)
         def followed(*args: Any, **kwargs: Any) -> Any:
             method(*args, **kwargs)
-            self.gather_again()
+            if self.running:
+                self.outdate()
 
         self.module.__dict__[name] = followed
 
@@ -73,6 +76,12 @@ class _Root(nn.Module):
         """Call what computes with the module."""
         if self.running:
             return method(*args, **kwargs)
+        trainer = self.module.__dict__.get("_trainer")
+        if trainer is not None and trainer.training and getattr(trainer.strategy, "_root", None) is not self:
+            raise MisconfigurationException(
+                f"{type(self.module).__name__} was sharded by another QuartetFSDP than this "
+                f"{type(trainer.strategy).__name__}; make the model anew, with a checkpoint as ckpt_path."
+            )
         # All at once, and not on FSDP2's stream: there, beside the kernels of a layer that leave no room, each of a
         # block's weights would wait for its turn, and the block for the last.
         shards = _shards_of(self.weights)
@@ -81,25 +90,34 @@ class _Root(nn.Module):
             shard.is_packed = True
         try:
             return self(method, *args, **kwargs)
+        except BaseException:
+            self.interrupted = True
+            raise
         finally:
             for shard in shards:
                 shard.is_packed = False
-            # Without a backward to come, nothing else frees them, and hooks would find gathered weights.
-            if self.again or not torch.is_grad_enabled():
-                self.free()
+            if self.again:
+                self.free()  # no backward may come that would
 
-    def gather_again(self) -> None:
-        """Inside a step (manual optimization), for what computes after a backward or after weights changed."""
-        if self.running:
-            self.free()
+    def outdate(self) -> None:
+        """After a backward inside a step, or after weights changed: what computes next gathers anew."""
+        inside = self.running
+        self.free()
+        self.again = self.stale = inside
+        if inside and any(True for _ in self.module.parameters(recurse=False)):
+            self.gather()  # its own parameters are read without a call that could do it
+
+    def gather(self, *args: Any) -> None:
+        """Before anything outside of blocks computes; a forward pre-hook of its modules."""
+        if self.stale:
+            self.stale = False
             self.unshard()  # type: ignore[operator]
-            self.again = True
 
     def free(self) -> None:
         """Keep no gathered weights, here and in blocks."""
         from torch.distributed.fsdp import FSDPModule
 
-        self.again = False
+        self.again = self.stale = False
         self.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
         for module in self.modules():
             if isinstance(module, FSDPModule):
@@ -193,8 +211,10 @@ class QuartetFSDP(ModelParallelStrategy):
     def _shard(self, model: nn.Module) -> _Root:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        if "_quartet_root" in model.__dict__:
-            return model.__dict__["_quartet_root"]  # of an earlier fit or validation
+        if "_quartet_root" in model.__dict__:  # of an earlier fit or validation
+            root = model.__dict__["_quartet_root"]
+            _forget_interrupted(root)
+            return root
         if any(isinstance(module, FSDPModule) or _is_sharded(module) for module in model.modules()):
             raise MisconfigurationException(
                 f"{type(model).__name__} shards its layers itself; choose ModelParallelStrategy, or leave the sharding "
@@ -220,6 +240,10 @@ class QuartetFSDP(ModelParallelStrategy):
         root = _Root(model)
         _pack_when_gathered(root, sole, self.root_device)
         fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        inside = {module for block in blocks for module in block.modules()}
+        for module in model.modules():
+            if module not in inside and any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(root.gather)
         for name in _ENTRIES:
             if is_overridden(name, self.lightning_module):
                 root.route(name)
@@ -233,11 +257,13 @@ class QuartetFSDP(ModelParallelStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
+        self._root.gather()  # for one more backward through the same forward
         self.pre_backward(closure_loss)
         loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         with self._finish_gradients():
             self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
-        self._root.gather_again()
+        if self._root.running:
+            self._root.outdate()
         loss = self.precision_plugin.post_backward(loss, self.lightning_module)
         self.post_backward(loss)
         return loss
@@ -262,6 +288,9 @@ class QuartetFSDP(ModelParallelStrategy):
         ]
         try:
             yield
+        except BaseException:
+            self._root.interrupted = True
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -293,7 +322,7 @@ class QuartetFSDP(ModelParallelStrategy):
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         for shard in _shards_of(self._root.weights):
             shard.is_packed = False  # another forward of this step must not send the old codes
-        self._root.gather_again()
+        self._root.outdate()
         return result
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +342,25 @@ class QuartetFSDP(ModelParallelStrategy):
                 tokens = trainer.strategy.call(module.model.generate, input_ids=prompt)
             ```
         """
-        return self._root.run(method, *args, **kwargs)
+        try:
+            return self._root.run(method, *args, **kwargs)
+        finally:
+            if not torch.is_grad_enabled() and not self._root.running:
+                self._root.free()
+
+    # Between steps, callbacks and hooks find shards. A backward frees what it used; nothing follows an evaluation.
+
+    @override
+    def on_validation_end(self) -> None:
+        self._root.free()
+
+    @override
+    def on_test_end(self) -> None:
+        self._root.free()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._root.free()
 
     @override
     @contextmanager
@@ -426,6 +473,29 @@ def _pack_when_gathered(block: nn.Module, sole: Sequence[QuartetLinear], device:
                 data = data.to(device)
             shard = ShardedWeight(data, layer.out_features, layer.quartet_config)
             layer.weight = nn.Parameter(shard, weight.requires_grad)
+
+
+def _forget_interrupted(root: _Root) -> None:
+    """Drop what a fit that was interrupted left in FSDP2: gathered weights, and gradients that were not summed.
+
+    Raises:
+        MisconfigurationException: If FSDP2 cannot.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if root.interrupted:
+        if not hasattr(root, "reset_iter_state"):
+            raise MisconfigurationException(
+                f"An exception ended the last fit of {type(root.module).__name__}, and FSDP2 of torch "
+                f"{torch.__version__} keeps its state; make the model anew, with a checkpoint as ckpt_path."
+            )
+        root.reset_iter_state()  # type: ignore[operator]
+        root.interrupted = False
+    for module in root.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in () if group is None else group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = parameter.unsharded_accumulated_grad = None
 
 
 def _set_aside(kept: list[Tensor], gradient: Tensor) -> Tensor:

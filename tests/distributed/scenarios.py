@@ -15,12 +15,20 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetLinear, QuartetMonitor, QuartetQAT
+from lightning_quartet import (
+    QuartetConfig,
+    QuartetFSDP,
+    QuartetLinear,
+    QuartetMonitor,
+    QuartetQAT,
+    set_quartet_step,
+)
 from lightning_quartet.gathered import ShardedWeight
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -393,11 +401,58 @@ class Toggling(Repeated):
             self.untoggle_optimizer(optimizer)
 
 
+class Interrupted(Outside):
+    """Its first batch fails once, in the forward or in the backward, or its fit is stopped after the first batch."""
+
+    fail: str | None = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = self.features(batch)
+        if self.fail == "backward":
+            x.register_hook(self.raise_)
+        x = self.lm_head(self.middle(x))
+        if self.fail == "forward":
+            self.raise_()
+        loss = (x - batch.roll(1, -1)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if self.fail == "stop":
+            self.raise_()
+
+    def raise_(self, *arguments: Any) -> None:
+        raise ArithmeticError("stop")
+
+
+def interrupt(world_size: int = 2, fail: str | None = None, fsdp: dict[str, Any] | None = None) -> list[float]:
+    """The losses of a fit that follows one that was interrupted."""
+    net = Interrupted()
+    for net.fail in (fail, None):
+        strategy = "auto" if fsdp is None else QuartetFSDP(**fsdp)
+        net.losses.clear()
+        trainer = make_trainer(world_size, strategy, 1, accumulate_grad_batches=2)
+        try:
+            trainer.fit(net, batches(world_size, world_size, 4))
+        except ArithmeticError:
+            assert net.fail is not None
+    return net.losses
+
+
+def train_with_another_strategy() -> None:
+    net = Net()
+    make_trainer(2, "quartet_fsdp", 1).fit(net, batches(2, 2, 1))
+    make_trainer(1, "auto", 1).fit(net, batches(1, 1, 1))
+
+
 class Looking(pl.Callback):
     """Looks at a weight where no step is under way, and calls what is neither ``forward`` nor a step."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Outside, optimizer: Any) -> None:
+        pl_module(torch.ones(2, 32, 8))  # with gradients that nobody wants
 
     def look(self, module: Outside) -> None:
         self.seen.append(type(getattr(module.middle.weight, "_local_tensor", module.middle.weight)).__name__)
@@ -421,8 +476,9 @@ def look(world_size: int = 2, kind: type[Outside] = Outside, fsdp: dict[str, Any
     looking, monitor = Looking(), QuartetMonitor(every_n_steps=1)
     strategy = "auto" if fsdp is None else QuartetFSDP(**fsdp)
     trainer = make_trainer(world_size, strategy, 1, callbacks=[QuartetQAT(EXACT), monitor, looking])
-    trainer.fit(kind(), batches(world_size, world_size, 2), batches(world_size, world_size, 1))
-    return {"seen": looking.seen, "described": looking.described, "measured": monitor.latest}
+    net = kind()
+    trainer.fit(net, batches(world_size, world_size, 2), batches(world_size, world_size, 1))
+    return {"seen": looking.seen, "described": looking.described, "measured": monitor.latest, "losses": net.losses}
 
 
 class Tied(Net):
@@ -467,6 +523,21 @@ class ParallelNet(Net):
                 fully_shard(block, mesh=mesh["data_parallel"])
             fully_shard(self, mesh=mesh["data_parallel"])
             register_fsdp_forward_method(self, "training_step")
+
+
+def halves(rounding: str) -> Tensor:
+    """The gradient of this rank's half of a weight, where both halves have the same rows and the same gradients."""
+    generator = torch.Generator().manual_seed(3)
+    x, half, dy = (torch.randn(shape, generator=generator) for shape in ((64, 32), (32, 32), (64, 32)))
+    layer = QuartetLinear(
+        32, 64, bias=False, config=QuartetConfig(backward_rounding=rounding, randomize_backward=False)
+    )
+    layer.weight.data.copy_(half.repeat(2, 1))
+    model = nn.Sequential(layer)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    set_quartet_step(model, 1, rank=0)
+    model(x).backward(dy)
+    return layer.weight.grad.to_local()
 
 
 class MixedNet(ParallelNet):

@@ -17,6 +17,15 @@ def test_resume_is_bit_for_bit(ranks, tmp_path, full):
             assert torch.equal(result["second"]["weights"][name], weight), name
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 cannot shard packed weights there")
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one file"])
+def test_layers_without_masters_resume(ranks, tmp_path, full):
+    config = scenarios.QuartetConfig(store_master_weights=False)
+    options = {"kind": scenarios.AdaptedNet, "model": ADAM, "config": config}
+    for result in ranks(scenarios.train_and_resume, folder=str(tmp_path), full=full, **options):
+        assert result["first"]["losses"] + result["second"]["losses"] == result["whole"]["losses"]
+
+
 @pytest.fixture(scope="module")
 def sharded(ranks, tmp_path_factory):
     """A folder with a checkpoint of two ranks after two steps, and the weights."""

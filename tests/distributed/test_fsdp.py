@@ -151,6 +151,28 @@ def test_layers_without_masters_are_gathered_as_they_are(ranks, precision):
             assert torch.equal(results[0]["weights"][name], weight), name
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="refused where FSDP2 cannot forget")
+@pytest.mark.parametrize("fail", ["forward", "backward", "stop"])
+@pytest.mark.parametrize("fsdp", [{}, {"reshard_after_forward": False, "packed": False}], ids=str)
+def test_a_fit_after_an_interrupted_one_is_like_in_one_process(ranks, fail, fsdp):
+    losses = torch.tensor(ranks(scenarios.interrupt, fail=fail, fsdp=fsdp)).mean(0)
+    expected = torch.tensor(scenarios.interrupt(world_size=1, fail=fail))
+    assert len(expected) == 4
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+
+
+def test_a_sharded_model_is_not_trained_by_another_strategy(ranks):
+    with pytest.raises(Failure, match=r"sharded by another QuartetFSDP than this SingleDeviceStrategy; make the model"):
+        ranks(scenarios.train_with_another_strategy)
+
+
+@pytest.mark.parametrize(("kind", "gathers"), [(scenarios.Net, 5), (scenarios.Repeated, 2 * 2 * 5)])
+def test_each_forward_gathers_everything_once_and_each_backward_the_blocks(ranks, kind, gathers):
+    """Two blocks and the rest, with an optimizer step a backward or with less."""
+    for counts in ranks(scenarios.count_bytes, fsdp={}, kind=kind, steps=2):
+        assert len(counts["gathered"]) == 2 * gathers
+
+
 REFUSALS = {
     "average": ({"averaging": "EMAWeightAveraging"}, "sharded modules cannot be copied"),
     "stochastic average": ({"averaging": "StochasticWeightAveraging"}, "sharded modules cannot be copied"),
@@ -197,6 +219,8 @@ def test_hooks_and_monitor_find_shards_between_steps_and_other_methods_can_be_ca
     assert len(first["seen"]) == 4
     torch.testing.assert_close(first["described"], expected["described"], rtol=1e-5, atol=1e-6)
     assert torch.equal(first["described"], second["described"])
+    losses, reference = scenarios.mean_losses([first, second]), scenarios.mean_losses([expected])
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
     assert any(name.startswith("quartet/middle/weights") for name in first["measured"])
     for name, value in first["measured"].items():
         if "/weights/" in name:

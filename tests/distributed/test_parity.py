@@ -110,6 +110,13 @@ def test_ranks_of_tensor_parallelism_keep_the_same_copies_of_what_is_whole(ranks
         assert torch.equal(first["weights"][name], second["weights"][name]), name
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_pieces_of_one_layer_round_independently(ranks, rounding):
+    first, second = ranks(scenarios.halves, rounding=rounding)
+    assert torch.equal(first, second) == (rounding == "nearest")
+    assert (first - second).norm() < 0.5 * first.norm()
+
+
 def test_tensor_parallelism_that_cuts_a_group_is_refused(ranks):
     with pytest.raises(Failure, match="must be a multiple of 32 x 2") as failure:
         ranks(scenarios.train, strategy="tensor_parallel", kind=scenarios.CutNet)

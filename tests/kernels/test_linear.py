@@ -1,5 +1,6 @@
 """quartet_linear: conformance, gradients, operators, compilation, bad input."""
 
+import gc
 import math
 import threading
 from pathlib import Path
@@ -549,6 +550,32 @@ def test_layers_that_read_the_same_input_quantise_it_once(monkeypatch):
     assert len(calls) == 4
     for y, weight in zip(outputs, weights, strict=True):
         assert torch.equal(y, quartet_linear(x.detach(), weight, config=config, seed=1))
+
+
+def test_what_inference_mode_quantised_is_not_taken_for_training():
+    x, weight, config = activation(40, 64), torch.randn(32, 64, requires_grad=True), QuartetConfig()
+    weight_window.open(1)
+    try:
+        with torch.inference_mode():
+            target = quartet_linear(x, weight, config=config)
+        y = quartet_linear(x, weight, config=config)
+        assert torch.equal(y, target)
+        y.sum().backward()
+        with torch.inference_mode():
+            assert torch.equal(quartet_linear(torch.ones(2, 64), torch.randn(32, 64), config=config), target) is False
+    finally:
+        weight_window.close()
+
+
+def test_weights_that_are_computed_do_not_pile_up_in_their_window():
+    weight_window.open(1)
+    try:
+        for _ in range(3):
+            quartet_linear(torch.ones(32, 64), torch.randn(32, 64, requires_grad=True) * 1, config=QuartetConfig())
+        gc.collect()
+        assert weight_window._projections == {}
+    finally:
+        weight_window.close()
 
 
 def test_a_changed_input_is_quantised_again(monkeypatch):

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torchmetrics
 from identity_quantisers import take_out_quantisers
 from torch import nn
 
@@ -16,6 +17,7 @@ from lightning_quartet import (
     QuartetConfig,
     QuartetLinear,
     convert_to_quartet,
+    pack_quartet,
     revert_from_quartet,
     set_quartet_step,
 )
@@ -92,7 +94,7 @@ def test_filter_function_and_report():
     text = str(report)
     assert "2 of 5 linear layers" in text
     assert "lm_head" in text
-    assert len(text.splitlines()) == 3
+    assert len(text.splitlines()) == 4  # the last one says how little that is
 
 
 def test_layers_that_do_not_fit_stay_with_a_reason():
@@ -391,6 +393,27 @@ def test_meta_device_model_is_materialised_and_trains():
         layer.reset_parameters()
     assert model[0]._quartet_seed.tolist() == [0, 3, 0]
     assert all(torch.isfinite(g).all() for g in gradients(model, torch.randn(4, 32)))
+
+
+def test_networks_of_metrics_are_left_alone_and_a_small_share_is_said():
+    class Distance(torchmetrics.Metric):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(32, 32)
+
+        def update(self, x): ...
+
+        def compute(self): ...
+
+    model = nn.ModuleDict({"net": nn.Linear(32, 32), "metric": Distance(), "embedding": nn.Embedding(64, 32)})
+    report = convert_to_quartet(model)
+    assert report.converted == ("net",)
+    assert report.skipped == {"metric.net": "part of a torchmetrics Metric, whose network is not trained"}
+    assert report.share == 1024 / (1024 + 32 + 1056 + 2048)
+    assert str(report).endswith("25% of the model's parameters are in MXFP4: only nn.Linear layers can be")
+    pack_quartet(model)
+    assert convert_to_quartet(model).share == report.share
+    assert "parameters" not in str(convert_to_quartet(nn.Sequential(nn.Linear(32, 32))))
 
 
 @pytest.mark.parametrize("transform", ["hadamard", "gsr"])

@@ -1,6 +1,7 @@
 """Precisions, by the Trainer's option with the callback and as QuartetPrecision, in the Trainer and in Fabric."""
 
 import io
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -224,6 +225,15 @@ def test_two_models_of_one_fabric_do_not_share_bits():
     first, second = one.module[0]._quartet_seed.tolist(), two.module[0]._quartet_seed.tolist()
     assert first[0] >> 32 == 0
     assert second[0] >> 32 == 1
+
+
+def test_a_second_model_of_a_fabric_may_have_nothing_to_convert():
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=QuartetPrecision("32-true", modules_to_not_convert=["head"]))
+    actor = fabric.setup_module(nn.Sequential(OrderedDict(body=nn.Linear(32, 32), head=nn.Linear(32, 32))))
+    with pytest.warns(UserWarning, match="converts no layer of Linear"):
+        critic = fabric.setup_module(nn.Linear(32, 1))
+    fabric.backward(critic(actor(torch.randn(4, 32))).sum())
+    assert [type(layer) for layer in actor.module] == [QuartetLinear, nn.Linear]
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

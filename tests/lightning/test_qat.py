@@ -631,6 +631,15 @@ def test_callback_state_is_primitive_and_another_config_warns(tmp_path, recwarn)
 
     same = QuartetConfig.from_recipe("quartet_stochastic", backend="reference", accumulation="precise")
     assert warnings_of(same) == []
+    t = trainer(plugins=[QuartetPrecision("32-true", "bf16_backward")])
+    t.fit(make())
+    t.save_checkpoint(tmp_path / "plugin.ckpt")
+    other = QuartetConfig(seed=1)  # else Python would not repeat its warning
+    for again in ({"callbacks": [QuartetQAT()]}, {"plugins": [QuartetPrecision("32-true", other)]}):
+        recwarn.clear()
+        trainer(max_epochs=2, **again).fit(make(), ckpt_path=tmp_path / "plugin.ckpt")
+        (found,) = [str(w.message) for w in recwarn if "another QuartetConfig" in str(w.message)]
+        assert "backward_dtype: 'bf16' in the checkpoint, 'mxfp4' now" in found
     (message,) = warnings_of(QuartetConfig(seed=4))
     assert "backward_rounding: 'stochastic' in the checkpoint, 'nearest' now" in message
     assert "seed: 0" in message

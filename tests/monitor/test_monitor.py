@@ -152,6 +152,20 @@ def test_nothing_is_left_on_other_steps() -> None:
     assert not any(layer._forward_hooks for layer in (model.first, model.second, model.third))
 
 
+def test_the_first_step_after_a_resume_is_measured_for_who_stops_by_it(tmp_path: Path) -> None:
+    metric = "quartet_worst/inputs/snr_db"
+    trainer = train(Net(batches=4), QuartetMonitor(every_n_steps=3))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model, monitor = Net(batches=4), QuartetMonitor(every_n_steps=3)
+    early = pl.callbacks.EarlyStopping(metric, check_on_train_epoch_end=True, mode="max")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [QuartetQAT(), monitor, early]
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, limit_train_batches=1, callbacks=callbacks, **quiet)
+    trainer.fit(model, ckpt_path=tmp_path / "a.ckpt")
+    assert model.hooks == [3]
+    assert early.best_score == trainer.callback_metrics[metric]
+
+
 @pytest.mark.parametrize("config", [None, "quartet_stochastic", "bf16_backward"])
 def test_training_is_the_same_with_and_without(config: str | None) -> None:
     watched, alone = Net(), Net()

@@ -52,6 +52,13 @@ def test_logs_are_read_and_drawn(write: object, tmp_path: Path, capsys: pytest.C
     assert not list(folder.glob(".*"))
 
 
+def test_losses_are_found_under_any_folder_of_names() -> None:
+    points = [(0, 1.0), (1, 0.5)]
+    names = ["loss/train", "train/loss", "val_loss", "quartet/loss_head/inputs/snr_db", "accuracy"]
+    figure = _draw_losses(dict.fromkeys(names, points))
+    assert [line.get_label() for line in figure.axes[0].lines] == names[:3]
+
+
 def test_the_pictures_show_the_values(tmp_path: Path) -> None:
     curves = read_curves(write_csv(tmp_path / "run"))
     (axes,) = _draw_losses(curves).axes  # type: ignore[union-attr]
