@@ -292,6 +292,7 @@ def trained_as(config: QuartetConfig, patterns: Sequence[str] | None, before: li
     return {"config": config.to_dict(), "modules_to_not_convert": listed, "converted_before": before}
 
 
+# How it is computed or kept, not what: may change between runs.
 _NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
 
 

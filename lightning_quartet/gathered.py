@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from quartet_kernels import QuartetConfig, quantize_mxfp4
 from quartet_kernels.linear import finish_gradient
@@ -64,6 +64,10 @@ class ShardedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func._schema.is_mutable:
+            for x in tree_iter((args, kwargs or {})):
+                if isinstance(x, cls):
+                    x.is_packed = False  # another forward of this step must not send the old codes
         example: list[ShardedWeight] = []
 
         def unwrap(x: "ShardedWeight") -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_quartet.gathered import GatheredWeight
 from quartet_kernels import MXFP4Tensor, QuartetConfig, quantize_mxfp4, quartet_linear
 from quartet_kernels.backends import select_backend
+from quartet_kernels.linear import draws
 from quartet_kernels.ops import forward_factor
 from quartet_kernels.reference import rotate
 from quartet_kernels.rotation import rotation_matrix
@@ -327,11 +328,7 @@ _warned = False
 def _warn_step_never_set(layer: QuartetLinear) -> None:
     """Once in a process: without a step, every backward draws the same signs."""
     global _warned
-    config = layer.quartet_config
-    random = config.backward_dtype == "mxfp4" and (
-        config.randomize_backward or config.backward_rounding == "stochastic"
-    )
-    if _warned or not layer.training or not random:
+    if _warned or not layer.training or not draws(layer.quartet_config):
         return
     _warned = True
     warnings.warn(

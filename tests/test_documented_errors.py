@@ -414,3 +414,5 @@ def test_documented_error(error: str, call: Callable[[], object]):
         call()
     assert error in {kind.__name__ for kind in type(caught.value).__mro__}, repr(caught.value)
     assert str(caught.value).strip()
+    ours = ("/lightning_quartet/", "/quartet_kernels/")  # not Python's own, of arguments that are no more
+    assert any(part in str(frame.path) for frame in caught.traceback for part in ours), repr(caught.value)

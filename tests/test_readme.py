@@ -14,7 +14,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def blocks(language: str) -> list[pytest.param]:  # type: ignore[valid-type]
-    """Fenced blocks of a language; one with words after the language (```` ```python gpu ````) needs other hardware."""
+    """Fenced blocks of a language; one with words after the language (```` ```python gpu ````) is not run here."""
     found = []
     for document in DOCUMENTS:
         matches = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)

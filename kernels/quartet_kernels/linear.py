@@ -196,8 +196,7 @@ class _QuartetLinear(torch.autograd.Function):
         w_codes, w_scales, x_mask, x_codes, x_scales, w_mask, seed, signs_dx, signs_dw = ctx.saved_tensors
         dx = dw = db = None
         config, text = ctx.config, ctx.config.text
-        random = config.randomize_backward and signs_dx is None or config.backward_rounding == "stochastic"
-        if seed is None and random and config.backward_dtype == "mxfp4" and any(ctx.needs_input_grad[:2]):
+        if seed is None and draws(config, signs_dx) and any(ctx.needs_input_grad[:2]):
             raise RuntimeError("A traced Quartet linear layer has no backward; train the model that was traced.")
         if ctx.needs_input_grad[0]:
             dx = ops.gradient(dy, w_codes, w_scales, x_mask, seed, signs_dx, False, True, ctx.x_dtype, text)
@@ -208,6 +207,12 @@ class _QuartetLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             db = dy.sum(0, dtype=compute_dtype(dy)).to(ctx.bias_dtype)
         return dx, dw, None, db, None, None, None, None
+
+
+def draws(config: QuartetConfig, signs: object = None) -> bool:
+    """Whether a backward, with these signs or its own, reads random bits."""
+    signed = config.randomize_backward and signs is None
+    return config.backward_dtype == "mxfp4" and (signed or config.backward_rounding == "stochastic")
 
 
 def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig) -> Tensor:
@@ -347,10 +352,9 @@ def quartet_linear(
     # A trace holds a forward only, and a seed in it would make two traces differ.
     grad_mode = torch.is_grad_enabled() and not torch.jit.is_tracing()
     needs_grad = grad_mode and (x.requires_grad or (master is not None and master.requires_grad))
-    random = config.randomize_backward and signs is None or config.backward_rounding == "stochastic"
     if type(seed) not in (int, type(None)) and not isinstance(seed, Tensor):
         raise TypeError(f"seed is {seed!r}; pass an int64 [3] tensor, an int or None.")
-    if needs_grad and random and config.backward_dtype == "mxfp4":
+    if needs_grad and draws(config, signs):
         seed = _seed_tensor(seed, config, x.device)
     else:
         seed = None

@@ -35,7 +35,7 @@ PROJECTIONS = (WEIGHTS, INPUTS, OUTPUT_GRADIENTS)
 ALIGNMENTS = (WEIGHT_GRADIENTS, INPUT_GRADIENTS)
 
 _COUNTS = 4  # signal, noise, clipped, elements; the histogram follows
-_WIDTH = len(PROJECTIONS) * (_COUNTS + 256) + len(ALIGNMENTS) * 3
+_WIDTHS = {**dict.fromkeys(PROJECTIONS, _COUNTS + 256), **dict.fromkeys(ALIGNMENTS, 3)}
 # Of two values of a measure over layers, the one that asks for a look.
 _WORST: dict[str, Callable[[Sequence[float]], float]] = {
     "snr_db": min,
@@ -195,7 +195,7 @@ class QuartetMonitor(Callback):
 
 
 class _Observation:
-    """Hooks on some layers for one micro-batch, and the sums they collect, float64 [_WIDTH] a layer.
+    """Hooks on some layers for one micro-batch, and the sums they collect, float64 [sum of _WIDTHS] a layer.
 
     Args:
         layers: Names and layers.
@@ -222,16 +222,9 @@ class _Observation:
         self._stance.__exit__(None, None, None)
 
     def sums(self, device: torch.device) -> Tensor:
-        """All sums, float64 [layers, _WIDTH]."""
-        zeros = {**dict.fromkeys(PROJECTIONS, _COUNTS + 256), **dict.fromkeys(ALIGNMENTS, 3)}
-        rows = [
-            torch.cat([
-                totals[part] if part in totals else torch.zeros(width, dtype=torch.float64, device=device)
-                for part, width in zeros.items()
-            ])
-            for totals in self._totals.values()
-        ]  # fmt: skip
-        return torch.stack(rows) if rows else torch.zeros(0, _WIDTH, dtype=torch.float64, device=device)
+        """All sums, float64 [layers, sum of _WIDTHS]."""
+        zeros = {part: torch.zeros(width, dtype=torch.float64, device=device) for part, width in _WIDTHS.items()}
+        return torch.stack([torch.cat([*(zeros | totals).values()]) for totals in self._totals.values()])
 
     def _add(self, name: str, part: str, sums: Sequence[Tensor]) -> None:
         vector = torch.cat([value.double().flatten() for value in sums])
@@ -323,8 +316,7 @@ class _Layer:
     """Measures of one layer, from its sums."""
 
     def __init__(self, row: Tensor) -> None:
-        widths = [*[_COUNTS + 256] * len(PROJECTIONS), *[3] * len(ALIGNMENTS)]
-        self._parts = dict(zip((*PROJECTIONS, *ALIGNMENTS), row.split(widths), strict=True))
+        self._parts = dict(zip(_WIDTHS, row.split([*_WIDTHS.values()]), strict=True))
 
     def scales(self, tensor: str) -> Tensor:
         """Histogram of scale bytes, float64 [256]; all zeros where the tensor was not measured."""

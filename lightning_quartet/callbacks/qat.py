@@ -35,7 +35,6 @@ from quartet_kernels.backends import select_backend
 from quartet_kernels.linear import weight_window
 
 _STATE_VERSION = 1
-# How it is computed or kept, not what: may change between runs.
 
 
 class QuartetQAT(Callback):

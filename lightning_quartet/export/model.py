@@ -27,7 +27,8 @@ class ExportedModel:
         layers: Its MXFP4 layers by name.
         config: Their numerics, the same for all.
         dtype: Of every tensor that stays a float; ``None`` keeps each one's own.
-        activations: ``"none"`` or ``"abs_max"``: what a runtime other than ours is told to do with the inputs.
+        activations: ``"none"``, ``"abs_max"`` or ``"trained"``: what a runtime other than ours is told to do with
+            the inputs.
         source: A folder whose tokenizer files go with the model.
         progress: Wraps the loop over layers.
     """

@@ -79,9 +79,8 @@ class CausalLM(LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocabulary]`` of int64 token ids ``[batch, length]``."""
-        if (
-            self._compile_mode is not None
-        ):  # else CUDA graphs would take every layer of an evaluation for the start of a step
+        # Else CUDA graphs would take every layer of an evaluation for the start of a step.
+        if self._compile_mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
         return self.model(input_ids=tokens, use_cache=False).logits
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -74,6 +75,9 @@ class _Root(nn.Module):
 
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call what computes with the module."""
+        if torch.is_inference_mode_enabled():  # what it makes could not be written again
+            with torch.inference_mode(False), torch.no_grad():
+                return self.run(method, *args, **kwargs)
         if self.running:
             return method(*args, **kwargs)
         trainer = self.module.__dict__.get("_trainer")
@@ -379,6 +383,18 @@ class QuartetFSDP(ModelParallelStrategy):
         self._root.set_requires_gradient_sync(enabled)  # type: ignore[operator]
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's, which wants the state of every optimizer, also to evaluate after a fit."""
+        assert self.lightning_module is not None
+        optimizers = self.optimizers
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            self.optimizers = []
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            self.optimizers = optimizers
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

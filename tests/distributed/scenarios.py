@@ -385,6 +385,22 @@ class Repeated(Outside):
             optimizer.step()
 
 
+class Disturbed(Outside):
+    """Each batch sees other weights than those that are kept, written inside the step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.scale(1.5)
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        self.scale(1 / 1.5)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        for parameter in self.blocks.parameters():
+            parameter.mul_(factor)
+
+
 class Toggling(Repeated):
     """Trains two layers that are in no block in turn."""
 
@@ -439,6 +455,17 @@ def interrupt(world_size: int = 2, fail: str | None = None, fsdp: dict[str, Any]
     return net.losses
 
 
+def validate_the_best(folder: str, full: bool, weights_only: bool) -> list[float]:
+    """What a checkpoint was saved with, and what the same Trainer finds in it after the fit."""
+    saving = pl.callbacks.ModelCheckpoint(folder, monitor="val_loss", save_weights_only=weights_only)
+    strategy = QuartetFSDP(save_distributed_checkpoint=not full)
+    trainer = make_trainer(2, strategy, 2, callbacks=[QuartetQAT(EXACT), saving], enable_checkpointing=True)
+    net, held_out = Net(optimizer="AdamW"), batches(2, 2, 1)
+    trainer.fit(net, batches(2, 2, 2), held_out)
+    (found,) = trainer.validate(net, held_out, ckpt_path="best", verbose=False)
+    return [saving.best_model_score.item(), found["val_loss"]]
+
+
 def train_with_another_strategy() -> None:
     net = Net()
     make_trainer(2, "quartet_fsdp", 1).fit(net, batches(2, 2, 1))
@@ -459,6 +486,8 @@ class Looking(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Outside) -> None:  # after the sanity check
         self.look(pl_module)
+        with torch.inference_mode():
+            pl_module(torch.ones(2, 32, 8))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Outside, *rest: Any) -> None:
         self.look(pl_module)

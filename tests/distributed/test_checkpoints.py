@@ -26,6 +26,13 @@ def test_layers_without_masters_resume(ranks, tmp_path, full):
         assert result["first"]["losses"] + result["second"]["losses"] == result["whole"]["losses"]
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "one file"])
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
+def test_the_best_checkpoint_is_evaluated_after_a_fit(ranks, tmp_path, full, weights_only):
+    for saved, found in ranks(scenarios.validate_the_best, folder=f"{tmp_path}", full=full, weights_only=weights_only):
+        assert found == pytest.approx(saved, rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def sharded(ranks, tmp_path_factory):
     """A folder with a checkpoint of two ranks after two steps, and the weights."""

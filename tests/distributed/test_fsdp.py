@@ -186,6 +186,16 @@ REFUSALS = {
 }
 
 
+@pytest.mark.parametrize("fsdp", [{}, {"reshard_after_forward": False}, {"packed": False}], ids=str)
+def test_weights_written_inside_a_step_are_those_it_computes_with(ranks, fsdp):
+    options = {"kind": scenarios.Disturbed, "steps": 4}
+    results, expected = ranks(scenarios.train, fsdp=fsdp, **options), scenarios.train(1, **options)
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
 @pytest.mark.parametrize("kind", [scenarios.Penalised, scenarios.Probed])
 @pytest.mark.parametrize(("packed", "accumulate"), [(True, 1), (True, 2), (False, 1)])
 def test_what_reads_a_weight_itself_gets_its_own_gradient(ranks, kind, packed, accumulate):

@@ -258,7 +258,8 @@ def test_a_classifier_needs_the_folder_of_the_class_that_was_trained(tmp_path, c
     bert().save_pretrained(base)
     classifier = TextClassifier(str(base), 3)
     rows = [{"input_ids": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(tokens(4))]
-    trainer = pl.Trainer(accelerator="cpu", max_steps=1, callbacks=[QuartetQAT()], logger=False)
+    quiet = {"logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, callbacks=[QuartetQAT()], **quiet)
     trainer.fit(classifier, DataLoader(rows, batch_size=2))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert export(tmp_path / "a.ckpt", base, out) == 1

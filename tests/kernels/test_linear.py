@@ -424,9 +424,8 @@ def operator_arguments():
     yield "gradient", (*for_input, None, None, False, True, torch.float32, QuartetConfig(backward_dtype="mxfp8").text)
 
 
-@pytest.mark.parametrize("case", range(8))
-def test_operators_pass_opcheck(case):
-    name, arguments = list(operator_arguments())[case]
+@pytest.mark.parametrize(("name", "arguments"), list(operator_arguments()))
+def test_operators_pass_opcheck(name, arguments):
     torch.library.opcheck(getattr(torch.ops.quartet, name).default, arguments)
 
 
@@ -561,8 +560,6 @@ def test_what_inference_mode_quantised_is_not_taken_for_training():
         y = quartet_linear(x, weight, config=config)
         assert torch.equal(y, target)
         y.sum().backward()
-        with torch.inference_mode():
-            assert torch.equal(quartet_linear(torch.ones(2, 64), torch.randn(32, 64), config=config), target) is False
     finally:
         weight_window.close()
 

@@ -88,7 +88,6 @@ def test_callback_and_plugin_go_on_from_each_others_checkpoints(tmp_path, before
 
 def test_resume_in_the_middle_of_an_accumulation(tmp_path):
     """A checkpoint between two micro-batches: the next batch is the next micro-batch."""
-    model = make(batches=6)
     t = trainer(accumulate_grad_batches=4, limit_train_batches=6, callbacks=[QuartetQAT()])
 
     class Save(Toy):
@@ -105,7 +104,7 @@ def test_resume_in_the_middle_of_an_accumulation(tmp_path):
     assert resumed.notes[0][2][1:] == [0, 2]
 
 
-def test_a_different_seed_would_be_noticed(tmp_path):
+def test_a_different_seed_would_be_noticed():
     """That the exact tests can fail: one bit of the seed changes the weights."""
     runs = []
     for seed in (0, 1):

@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from triton.language.target_info import current_target
 
+from .. import reference
+
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies bfloat16 as integers and casts it wrongly: products are float64, casts by bits."""
 
 PORTABLE = tl.constexpr(INTERPRET.value or torch.version.hip is not None)
 """No PTX: the interpreter and AMD's GPUs take the same numbers from more operations."""
 
-QUEST_SCALE = tl.constexpr(0.48707976)
-MIN_EXPONENT = tl.constexpr(-126)
-MAX_EXPONENT = tl.constexpr(125)
+QUEST_SCALE = tl.constexpr(reference.QUEST_SCALE)
+MIN_EXPONENT = tl.constexpr(reference.MIN_EXPONENT)
+MAX_EXPONENT = tl.constexpr(reference.MAX_EXPONENT)
 FIRST_NOT_FINITE = tl.constexpr(0x7F800000)
 
 
