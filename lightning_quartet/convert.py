@@ -150,7 +150,8 @@ def convert(
                 )
 
     metrics = {inner for metric in module.modules() if isinstance(metric, Metric) for inner in metric.modules()}
-    plan = _Plan(config=config, given=given, filter_fn=module_filter_fn, metrics=metrics)
+    embeddings = {id(module.weight) for module in module.modules() if isinstance(module, nn.Embedding)}
+    plan = _Plan(config=config, given=given, filter_fn=module_filter_fn, metrics=metrics, embeddings=embeddings)
     for layer, aliases in names.items():
         if isinstance(layer, nn.Linear):
             plan.add(layer, aliases)
@@ -216,6 +217,7 @@ class _Plan:
     given: tuple[str, ...] | None
     filter_fn: Callable[[nn.Module, str], bool] | None
     metrics: set[nn.Module]
+    embeddings: set[int]
     layers: dict[str, nn.Linear] = field(default_factory=dict)
     already_converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -247,6 +249,8 @@ class _Plan:
         pattern = self._pattern(aliases, ("lm_head",) if self.given is None else self.given)
         if pattern is not None:
             return f"matches {pattern!r}"
+        if self.given is None and id(layer._parameters.get("weight")) in self.embeddings:
+            return "tied to an embedding"
         if self._pattern(aliases, _LORA_ADAPTERS) is not None:
             return "a LoRA adapter"
         if layer in self.metrics:

@@ -93,7 +93,7 @@ def export_quartet(
         source=folder,
         progress=bar if progress else lambda names: names,
     )
-    exported.check_names()
+    exported.check_names(read_back=format == "quartet")
     with new_folder(out, overwrite) as staging, torch.no_grad():
         row.write(exported, staging, shard_bytes)
         write_card(exported, format, row, staging, Path(os.path.abspath(out)).name)

@@ -1,5 +1,6 @@
 """``auto-round``: what stock transformers loads and runs, also on a CPU; the rotation is a hook on the inputs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ def write_auto_round(exported: ExportedModel, folder: Path, shard_bytes: int) ->
 
     Raises:
         ValueError: If the model is rotated and a linear layer other than ``lm_head`` is not in MXFP4, or ``lm_head``
-            is: auto-round rotates the inputs of every linear layer but that one. If it has fused experts.
+            is: auto-round rotates the inputs of every linear layer but that one. If it has fused experts, or an output
+            layer in MXFP4.
     """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     if exported.experts:
         raise ValueError(
             f"Format 'auto-round' cannot keep the fused experts {exported.experts[0]} out of MXFP4, and transformers "
@@ -28,6 +32,14 @@ def write_auto_round(exported: ExportedModel, folder: Path, shard_bytes: int) ->
         raise ValueError(
             f"Format 'auto-round' rotates the inputs of all linear layers but lm_head, and so those of {odd[0]} "
             "otherwise than in training; train with transform_init='identity', or choose another format."
+        )
+
+    skipped = get_keys_to_not_convert(exported.model)
+    lost = next((name for name in exported.layers if any(re.search(key, name) for key in skipped)), None)
+    if lost is not None:
+        raise ValueError(
+            f"Format 'auto-round' never puts {lost} in MXFP4, an output layer or the last one, and would load random "
+            f"weights for it; train with it in modules_to_not_convert, or choose another format."
         )
 
     def tensors(name: str, packed: MXFP4Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from lightning_quartet.export.formats import Format
 from lightning_quartet.export.model import ExportedModel
 
@@ -19,8 +21,22 @@ def write_card(exported: ExportedModel, name: str, row: Format, folder: Path, ou
     options = "\n".join(f"| `{key}` | `{value}` |" for key, value in config.to_dict().items())
     auto = exported.architecture
     auto = "AutoModelForCausalLM" if auto.endswith("ForCausalLM") else auto
-    load = row.load.replace("{auto}", auto).replace("{out!r}", repr(out)).replace("{more}", "")
-    notes = "\n".join(f"- {note}" for note in (*_differences(exported, name), *row.notes))
+    load = row.load
+    if not exported.of_transformers:
+        load = load.replace("from transformers import {auto}", "# {auto} is a class of whoever trained the model")
+    load = load.replace("{auto}", auto).replace("{out!r}", repr(out)).replace("{more}", "")
+    listed = [*_differences(exported, name), *row.notes]
+    if name == "dense" and exported.rotated:
+        listed.append(
+            "The weights lie on no MXFP4 grid: quantising this folder to 4 bits again loses accuracy; export the "
+            "packed weights instead."
+        )
+    if any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in exported.computed_buffers()):
+        listed.append(
+            "The training held buffers that are not saved (rotary frequencies, say) in 16 bits; loaders compute them "
+            "in float32, which shows in long sequences."
+        )
+    notes = "\n".join(f"- {note}" for note in listed)
     kept = ", ".join(f"`{layer}`" for layer in (*exported.kept, *exported.experts)) or "none"
     inputs = _QUEST if name == "fp_quant" and _other_quest(exported) else _ACTIVATIONS[exported.activations]
     (folder / "README.md").write_text(

@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,7 @@ def load_checkpoint(
         for key, value in content["state_dict"].items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
+    del content
     adapter = next((key for key in state if ".lora_" in key or ".base_layer." in key), None)
     if adapter is not None:
         raise ValueError(
@@ -195,7 +197,8 @@ def _read(ckpt: Path) -> dict[str, Any]:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ValueError(f"{ckpt} is truncated or no safetensors file ({reason}).") from None
     try:
-        content = torch.load(ckpt, map_location="cpu", weights_only=True)
+        # From the file as they are needed, where its format allows: a checkpoint holds the optimizer's states too.
+        content = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(ckpt))
     except Exception as error:  # torch raises six kinds for damaged and for hostile files
         raise ValueError(
             f"{ckpt} is damaged or holds Python objects that could run code ({type(error).__name__}); keep them out of "

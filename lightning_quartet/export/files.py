@@ -29,9 +29,19 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
     "sentencepiece*.model",
+    "*spm*.model",
+    "*.spm",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "tekken.json",
+    "vocab-*.json",
     "chat_template.j*",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -98,8 +108,8 @@ def _put(folder: Path, target: Path, overwrite: bool) -> None:
     except BaseException:
         if old.exists() and _is_free(target):
             old.rename(target)
-        if not old.exists():
-            backup.rmdir()
+        if not _is_free(target):  # the old export, or that of another process
+            shutil.rmtree(backup, ignore_errors=True)
         raise
     shutil.rmtree(backup, ignore_errors=True)
 

@@ -113,8 +113,9 @@ FORMATS: dict[str, Format] = {
         activations=("none",),
         load=_AUTO,
         notes=(
-            "Activations are not quantised. The weights lie on no MXFP4 grid: quantising this folder to 4 bits again "
-            "loses accuracy; export the packed weights instead.",
+            "Activations are not quantised.",
+            "Tensors have the names of transformers 5; earlier versions have others for some models (Mixtral, ViT, "
+            "GPT-NeoX).",
         ),
     ),
     "gguf": Format(

@@ -61,6 +61,18 @@ class ExportedModel:
         return [key for key, tensor in _rest(self) if tensor.dim() == 3 and "experts" in key.split(".")]
 
     @property
+    def of_transformers(self) -> bool:
+        """Whether the class that a loader makes is one of transformers."""
+        return transformers_class(self.model).__module__.partition(".")[0] == "transformers"
+
+    def computed_buffers(self) -> Iterator[Tensor]:
+        """Float buffers that no file holds."""
+        saved = self.model.state_dict().keys()
+        for key, tensor in self.model.named_buffers():
+            if key not in saved and tensor.is_floating_point():
+                yield tensor
+
+    @property
     def architecture(self) -> str:
         """The class that a loader makes."""
         return transformers_class(self.model).__name__
@@ -108,17 +120,25 @@ class ExportedModel:
             if key not in targets or rest.get(targets[key]) is not tensor:
                 yield key, self.cast(key, tensor)
 
-    def check_names(self) -> None:
+    def check_names(self, read_back: bool) -> None:
         """Refuse what a loader would not find, or not look for.
 
+        Args:
+            read_back: Whether `from_pretrained_quartet` is to read the folder.
+
         Raises:
-            ValueError: If the names of the tensors are not those of a new model of this class and config.
+            ValueError: If the names of the tensors are not those of a new model of this class and config, or the class
+                is not of transformers where it has to be.
         """
-        from transformers import PreTrainedModel
         from transformers.initialization import no_init_weights
 
         kind = transformers_class(self.model)
-        if kind.__module__.partition(".")[0] != PreTrainedModel.__module__.partition(".")[0]:
+        if not self.of_transformers:
+            if read_back:
+                raise ValueError(
+                    f"from_pretrained_quartet makes only classes of transformers, not {kind.__name__}; choose another "
+                    "format, or keep a checkpoint."
+                )
             return  # a user's own architecture, whose constructor may do anything
         with torch.device("meta"), no_init_weights():
             expected = set(kind(copy.deepcopy(self.model.config)).state_dict())

@@ -16,8 +16,9 @@ from quartet_kernels import QuartetConfig
 from quartet_kernels.mxfp4 import NAN_SCALE
 
 _MAX_SCALE = 252
+_DEPTHS = re.compile(r"depth|layer|block|stage")  # of lists: layers of each stage
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
-_MOST_SHARED_LAYERS, _MOST_LABELS = 1000, 10**6
+_MOST_SHARED_LAYERS, _MOST_LABELS, _MOST_BUFFER_BYTES = 1000, 10**6, 2**28
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -158,6 +159,7 @@ def build_model(values: dict[str, Any], folder: Path, tensors: int, device: str 
     from transformers.initialization import no_init_weights
 
     _check_sizes(values, folder, tensors)
+    _check_origin(values, folder)
     architectures = values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     kind = None
@@ -174,11 +176,29 @@ def build_model(values: dict[str, Any], folder: Path, tensors: int, device: str 
         raise ValueError(f"{folder / 'config.json'} is no valid {name}: {type(error).__name__} {reason}") from None
 
 
+def _check_origin(values: dict[str, Any], folder: Path) -> None:
+    """Refuse classes of transformers that let another package make a model, or fetch one, by names in the file."""
+    for key, value in values.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                _check_origin(part, folder)
+        asked = key in ("use_timm_backbone", "use_pretrained_backbone") and value
+        names = [*value] if isinstance(value, list) else [value]
+        if asked or (key in ("model_type", "architectures") and any(str(n).lower().startswith("timm") for n in names)):
+            raise ValueError(
+                f"{folder / 'config.json'} has {key}={value!r}: another package would make that model from names in "
+                "the file, which may be files or addresses; only models of transformers itself are read."
+            )
+
+
 def _check_sizes(values: dict[str, Any], folder: Path, tensors: int) -> None:
     """Refuse numbers for which modules or labels would fill the memory."""
     for key, value in values.items():
         if isinstance(value, dict):
             _check_sizes(value, folder, tensors)
+        if isinstance(value, list) and _DEPTHS.search(str(key)):
+            value = sum(number for number in value if isinstance(number, int))
+            key = "num_layers"
         # More layers than tensors share theirs.
         layers = max(tensors, _MOST_SHARED_LAYERS)
         most = layers if _LAYERS.fullmatch(str(key)) else _MOST_LABELS if key == "num_labels" else None
@@ -295,5 +315,8 @@ def _buffers(model: Any, values: dict[str, Any], folder: Path) -> dict[str, Tens
     missing = [name for name, _ in model.named_buffers() if name not in saved]
     if not missing:
         return {}
+    size = sum(model.get_buffer(name).nbytes for name in missing)
+    if size > _MOST_BUFFER_BYTES:
+        raise ValueError(f"{folder / 'config.json'} asks for {size} bytes of tables that are in no file.")
     twin = build_model(values, folder, len(saved))
     return {name: twin.get_buffer(name).clone() for name in missing}

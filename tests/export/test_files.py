@@ -14,7 +14,7 @@ from models import bert, llama, tokenizer, tokens
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lightning_quartet import QuartetConfig, convert_to_quartet, pack_quartet
 from lightning_quartet.export import FORMATS, export_quartet, from_pretrained_quartet
@@ -311,10 +311,13 @@ def test_tokenizer_files_are_copied_and_code_is_not(tmp_path):
 
     values = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["evil.T"]}}))
+    for name in ("spm.model", "source.spm", "bpe.codes", "normalizer.json"):
+        (source / name).write_text("{}")
     (source / "preprocessor_config.json").write_text('{"size": 8, "auto_map": {"AutoImageProcessor": "evil.P"}}')
     out = export_quartet(model, "quartet", tmp_path / "b", source=source)
     assert json.loads((out / "tokenizer_config.json").read_text()) == values
     assert json.loads((out / "preprocessor_config.json").read_text()) == {"size": 8}
+    assert {path.name for path in out.iterdir()} >= {"spm.model", "source.spm", "bpe.codes", "normalizer.json"}
 
 
 def test_paths_of_this_machine_are_not_written_and_an_export_is_its_own_source(tmp_path):
@@ -542,6 +545,60 @@ def test_numbers_that_would_fill_the_memory(folder, key, value):
     refused(folder, f"has {key}={value}, and for [0-9]+ tensors at most")
     edit(folder, **{key: 2}, text_config={key: value})
     refused(folder, f"has {key}={value}")
+
+
+def test_lists_of_depths_and_tables_that_would_fill_the_memory(folder):
+    edit(folder, depths=[300000, 2])
+    refused(folder, "has num_layers=300002, and for [0-9]+ tensors at most")
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=64, n_embd=64, n_layer=1, n_head=2, rotary_dim=32, n_positions=64))
+    convert_to_quartet(model)
+    out = export_quartet(model, "quartet", folder.parent / "gptj", progress=False)
+    from_pretrained_quartet(out)
+    edit(out, n_positions=10**7)
+    refused(out, "asks for [0-9]+ bytes of tables that are in no file")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["TimmWrapperForImageClassification"]},
+        {"model_type": "timm_wrapper"},
+        {"text_config": {"backbone_config": {"model_type": "timm_backbone"}}},
+        {"text_config": [{"use_timm_backbone": True}]},
+    ],
+    ids=str,
+)
+def test_models_that_another_package_would_make_are_refused(folder, changes):
+    edit(folder, **changes)
+    refused(folder, "another package would make that model from names in the file")
+
+
+def test_a_users_own_architecture_is_exported_to_what_can_hold_it(tmp_path):
+    class Mine(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.up = nn.Linear(64, 64)
+            self.post_init()
+
+    model = Mine(LlamaConfig(hidden_size=64))
+    convert_to_quartet(model)
+    with pytest.raises(ValueError, match="only classes of transformers, not Mine; choose another format"):
+        export_quartet(model, "quartet", tmp_path / "a")
+    out = export_quartet(model, "dense", tmp_path / "b")
+    assert "# Mine is a class of whoever trained the model" in (out / "README.md").read_text()
+
+
+def test_cards_say_what_is_true_of_this_model(tmp_path):
+    def card(model, format):
+        return (export_quartet(model, format, tmp_path / "a", overwrite=True) / "README.md").read_text()
+
+    grid, computed = "lie on no MXFP4 grid", "buffers that are not saved"
+    assert grid in card(llama(CONFIG), "dense")
+    assert grid not in card(llama(QuartetConfig(transform_init="identity")), "dense")
+    assert computed not in card(llama(CONFIG), "quartet")
+    assert computed in card(llama(CONFIG).bfloat16(), "quartet")
 
 
 def test_a_quantization_config_that_is_none_of_ours(folder):

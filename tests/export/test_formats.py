@@ -10,7 +10,7 @@ from models import bert, llama, tokenizer, tokens
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_quartet import QuartetConfig, QuartetLinear, convert_to_quartet, pack_quartet, revert_from_quartet
 from lightning_quartet.export import FORMATS, export_quartet, from_pretrained_quartet
@@ -20,6 +20,13 @@ from quartet_kernels.rotation import rotation_matrix
 
 FP_QUANT = QuartetConfig.from_recipe("fp_quant")
 IDENTITY = QuartetConfig(transform_init="identity")
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -238,6 +245,14 @@ def test_auto_round_refuses_layers_that_it_would_rotate_or_not_otherwise_than_th
     with pytest.raises(ValueError, match="and so those of lm_head otherwise"):
         export_quartet(model, "auto-round", tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_round_refuses_output_layers_in_mxfp4_that_it_would_fill_with_random_numbers(tmp_path):
+    for make in (lambda: llama(), lambda: BertForMaskedLM(BertConfig(**SMALL, tie_word_embeddings=False))):
+        model = make()
+        convert_to_quartet(model, config=IDENTITY, modules_to_not_convert=[])
+        with pytest.raises(ValueError, match="never puts .* in MXFP4, an output layer or the last one"):
+            export_quartet(model, "auto-round", tmp_path / "a")
 
 
 def test_auto_round_refuses_fused_experts_and_other_cards_name_them(tmp_path):
