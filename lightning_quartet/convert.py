@@ -150,7 +150,7 @@ def convert(
                 )
 
     metrics = {inner for metric in module.modules() if isinstance(metric, Metric) for inner in metric.modules()}
-    embeddings = {id(module.weight) for module in module.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(inner._parameters.get("weight")) for inner in module.modules() if isinstance(inner, nn.Embedding)}
     plan = _Plan(config=config, given=given, filter_fn=module_filter_fn, metrics=metrics, embeddings=embeddings)
     for layer, aliases in names.items():
         if isinstance(layer, nn.Linear):
@@ -249,7 +249,8 @@ class _Plan:
         pattern = self._pattern(aliases, ("lm_head",) if self.given is None else self.given)
         if pattern is not None:
             return f"matches {pattern!r}"
-        if self.given is None and id(layer._parameters.get("weight")) in self.embeddings:
+        weight = layer._parameters.get("weight")
+        if self.given is None and weight is not None and id(weight) in self.embeddings:
             return "tied to an embedding"
         if self._pattern(aliases, _LORA_ADAPTERS) is not None:
             return "a LoRA adapter"

@@ -147,6 +147,8 @@ def load_checkpoint(
         patterns = [
             pattern for pattern in resolve_patterns(patterns) or () if any(matches(name, pattern) for name in names)
         ]
+    if patterns is None:
+        patterns = _left_alone(trained, state)
     _convert(trained, saved["config"], packed, patterns)
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     _load(model, part, prefix, ckpt, model_folder)
@@ -154,6 +156,22 @@ def load_checkpoint(
     if left:
         sys.stderr.write(f"lightning-quartet export: left out {len(left)} tensors outside {prefix!r}: {left[0]}...\n")
     return model.eval()
+
+
+def _left_alone(model: nn.Module, state: dict[str, Tensor]) -> list[str] | None:
+    """Patterns for what a training left alone by default; ``None`` where the model itself says all of it. A weight that
+    the training tied to an embedding is one tensor in its checkpoint."""
+
+    def addresses(kind: type[nn.Module]) -> dict[str, int]:
+        found = {
+            name: state.get(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, kind)
+        }
+        return {name: weight.data_ptr() for name, weight in found.items() if weight is not None}
+
+    embeddings = set(addresses(nn.Embedding).values())
+    tied = [name for name, address in addresses(nn.Linear).items() if address in embeddings]
+    names = [name for aliases in layer_names(model).values() for name in aliases]
+    return [p for p in ("lm_head", *tied) if any(matches(name, p) for name in names)] if tied else None
 
 
 def _convert(
@@ -185,7 +203,8 @@ def _load(model: Any, part: dict[str, Tensor], prefix: str, ckpt: Path, model_fo
 
 def _read(ckpt: Path) -> dict[str, Any]:
     if not ckpt.is_file():
-        hint = "a directory of shards; consolidate it first" if ckpt.is_dir() else "no file"
+        shards = (ckpt / ".metadata").is_file()
+        hint = "a directory of shards; consolidate it first" if shards else "no file"
         raise FileNotFoundError(f"--ckpt {ckpt} is {hint}.")
     if ckpt.suffix == ".safetensors":
         from safetensors import SafetensorError

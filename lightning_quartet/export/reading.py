@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from quartet_kernels import QuartetConfig
 from quartet_kernels.mxfp4 import NAN_SCALE
 
 _MAX_SCALE = 252
-_DEPTHS = re.compile(r"depth|layer|block|stage")  # of lists: layers of each stage
+_DEPTHS = re.compile(  # lists: of each stage, how many layers it has
+    r"depths?|(num_|n_)?(blocks?|layers?)(_sizes|_repeats)?|\w*(blocks|layers)_per_stage|stage_num_blocks"
+    r"|num_block_repeats|n_attn_blocks"
+)
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 _MOST_SHARED_LAYERS, _MOST_LABELS, _MOST_BUFFER_BYTES = 1000, 10**6, 2**28
 _FLOATS = ("F32", "BF16", "F16", "F64")
@@ -159,7 +163,6 @@ def build_model(values: dict[str, Any], folder: Path, tensors: int, device: str 
     from transformers.initialization import no_init_weights
 
     _check_sizes(values, folder, tensors)
-    _check_origin(values, folder)
     architectures = values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     kind = None
@@ -168,23 +171,33 @@ def build_model(values: dict[str, Any], folder: Path, tensors: int, device: str 
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise ValueError(f"config.json names the architecture {name!r}, which transformers does not have.")
     model_class: Any = kind
-    try:
-        with torch.device(device), no_init_weights():
-            return model_class(model_class.config_class.from_dict(_plain(values)))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"{folder / 'config.json'} is no valid {name}: {type(error).__name__} {reason}") from None
+
+    def attempt(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise ValueError(f"{folder / 'config.json'} is no valid {name}: {type(error).__name__} {reason}") from None
+
+    _check_origin(values, folder)
+    config = attempt(lambda: model_class.config_class.from_dict(_plain(values)))
+    _check_origin(attempt(config.to_dict), folder)  # with the parts that the class of configs adds
+    with torch.device(device), no_init_weights():
+        return attempt(lambda: model_class(config))
 
 
 def _check_origin(values: dict[str, Any], folder: Path) -> None:
     """Refuse classes of transformers that let another package make a model, or fetch one, by names in the file."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
     for key, value in values.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
                 _check_origin(part, folder)
         asked = key in ("use_timm_backbone", "use_pretrained_backbone") and value
-        names = [*value] if isinstance(value, list) else [value]
-        if asked or (key in ("model_type", "architectures") and any(str(n).lower().startswith("timm") for n in names)):
+        if key == "model_type":
+            asked = "timm" in f"{value} {MODEL_MAPPING_NAMES.get(str(value))}".lower()
+        if asked or (key == "architectures" and "timm" in str(value).lower()):
             raise ValueError(
                 f"{folder / 'config.json'} has {key}={value!r}: another package would make that model from names in "
                 "the file, which may be files or addresses; only models of transformers itself are read."
@@ -196,7 +209,7 @@ def _check_sizes(values: dict[str, Any], folder: Path, tensors: int) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _check_sizes(value, folder, tensors)
-        if isinstance(value, list) and _DEPTHS.search(str(key)):
+        if isinstance(value, list) and _DEPTHS.fullmatch(str(key)):
             value = sum(number for number in value if isinstance(number, int))
             key = "num_layers"
         # More layers than tensors share theirs.
@@ -315,8 +328,8 @@ def _buffers(model: Any, values: dict[str, Any], folder: Path) -> dict[str, Tens
     missing = [name for name, _ in model.named_buffers() if name not in saved]
     if not missing:
         return {}
-    size = sum(model.get_buffer(name).nbytes for name in missing)
+    size = max(model.get_buffer(name).nbytes for name in missing)
     if size > _MOST_BUFFER_BYTES:
-        raise ValueError(f"{folder / 'config.json'} asks for {size} bytes of tables that are in no file.")
+        raise ValueError(f"{folder / 'config.json'} asks for a table of {size} bytes that is in no file.")
     twin = build_model(values, folder, len(saved))
     return {name: twin.get_buffer(name).clone() for name in missing}

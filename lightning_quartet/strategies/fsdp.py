@@ -79,6 +79,7 @@ class _Root(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self.run(method, *args, **kwargs)
         if self.running:
+            self.gather()
             return method(*args, **kwargs)
         trainer = self.module.__dict__.get("_trainer")
         if trainer is not None and trainer.training and getattr(trainer.strategy, "_root", None) is not self:
@@ -246,7 +247,7 @@ class QuartetFSDP(ModelParallelStrategy):
         fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         inside = {module for block in blocks for module in block.modules()}
         for module in model.modules():
-            if module not in inside and any(True for _ in module.parameters(recurse=False)):
+            if module not in inside and any(True for _ in module.parameters()):
                 module.register_forward_pre_hook(root.gather)
         for name in _ENTRIES:
             if is_overridden(name, self.lightning_module):

@@ -208,7 +208,9 @@ def test_what_reads_a_weight_itself_gets_its_own_gradient(ranks, kind, packed, a
 WAYS = [{}, {"reshard_after_forward": False}, {"packed": False}]
 
 
-@pytest.mark.parametrize(("kind", "losses_"), [(scenarios.Repeated, 12), (scenarios.Toggling, 6)])
+@pytest.mark.parametrize(
+    ("kind", "losses_"), [(scenarios.Repeated, 12), (scenarios.Prompted, 12), (scenarios.Toggling, 6)]
+)
 @pytest.mark.parametrize("fsdp", WAYS, ids=str)
 def test_several_backwards_and_steps_in_one_training_step(ranks, fsdp, kind, losses_):
     options = {"kind": kind, "steps": 3}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_files import Bomb
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForMaskedLM
 
 from lightning_quartet import QuartetConfig, QuartetLinear, QuartetPrecision, QuartetQAT, convert_to_quartet
 from lightning_quartet.cli import main
@@ -101,6 +102,19 @@ def test_tensors_keep_the_dtypes_of_the_training(tmp_path, source, packed):
     assert {tensor.dtype for tensor in found.values()} == {torch.uint8, torch.bfloat16}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
+def test_what_a_training_tied_to_an_embedding_stays_as_it_was_trained(tmp_path, source):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    lm = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)).eval()
+    lm.save_pretrained(source)
+    lm.cls.predictions.decoder.weight = lm.bert.embeddings.word_embeddings.weight
+    module = Module()
+    module.net["lm"] = lm
+    ckpt, expected, _ = train(tmp_path / "a.ckpt", QuartetQAT(), module=module)
+    assert type(lm.cls.predictions.decoder) is nn.Linear
+    assert export(ckpt, source, tmp_path / "out") == 0
+    assert torch.equal(logits(tmp_path / "out"), expected)
 
 
 def test_packed_codes_of_another_recipe_are_refused(tmp_path, source, capsys):

@@ -555,7 +555,13 @@ def test_lists_of_depths_and_tables_that_would_fill_the_memory(folder):
     out = export_quartet(model, "quartet", folder.parent / "gptj", progress=False)
     from_pretrained_quartet(out)
     edit(out, n_positions=10**7)
-    refused(out, "asks for [0-9]+ bytes of tables that are in no file")
+    refused(out, "asks for a table of [0-9]+ bytes that is in no file")
+
+
+def test_lists_that_are_no_depths_are_read(folder):
+    for key in ("embed_dim_per_stage", "moe_layers", "mlp_only_layers", "stage_out_channels"):
+        edit(folder, **{key: [100000, 200000]})
+        from_pretrained_quartet(folder)
 
 
 @pytest.mark.parametrize(
@@ -565,6 +571,8 @@ def test_lists_of_depths_and_tables_that_would_fill_the_memory(folder):
         {"model_type": "timm_wrapper"},
         {"text_config": {"backbone_config": {"model_type": "timm_backbone"}}},
         {"text_config": [{"use_timm_backbone": True}]},
+        {"vision_config": {"model_type": "gemma3n_vision", "architecture": "hf-hub:someone/evil"}},
+        {"architectures": ["DetrForObjectDetection"], "model_type": "detr", "backbone": "hf-hub:someone/evil"},
     ],
     ids=str,
 )
