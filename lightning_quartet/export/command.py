@@ -203,7 +203,7 @@ def _load(model: Any, part: dict[str, Tensor], prefix: str, ckpt: Path, model_fo
 
 def _read(ckpt: Path) -> dict[str, Any]:
     if not ckpt.is_file():
-        shards = (ckpt / ".metadata").is_file()
+        shards = ckpt.is_dir() and ckpt != Path()  # which an empty string is
         hint = "a directory of shards; consolidate it first" if shards else "no file"
         raise FileNotFoundError(f"--ckpt {ckpt} is {hint}.")
     if ckpt.suffix == ".safetensors":
