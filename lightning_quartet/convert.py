@@ -16,6 +16,8 @@ from quartet_kernels.linear import FLOAT_DTYPES
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _LORA_ADAPTERS = ("lora_A", "lora_B")
+LEFT_ALONE = ("lm_head",)
+"""By default, with layers that are tied to an embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +151,8 @@ def convert(
                     "correct the pattern or leave it out."
                 )
 
-    metrics = {inner for metric in module.modules() if isinstance(metric, Metric) for inner in metric.modules()}
-    embeddings = {id(inner._parameters.get("weight")) for inner in module.modules() if isinstance(inner, nn.Embedding)}
+    metrics = {inner for metric in names if isinstance(metric, Metric) for inner in metric.modules()}
+    embeddings = {inner._parameters.get("weight") for inner in names if isinstance(inner, nn.Embedding)} - {None}
     plan = _Plan(config=config, given=given, filter_fn=module_filter_fn, metrics=metrics, embeddings=embeddings)
     for layer, aliases in names.items():
         if isinstance(layer, nn.Linear):
@@ -217,7 +219,7 @@ class _Plan:
     given: tuple[str, ...] | None
     filter_fn: Callable[[nn.Module, str], bool] | None
     metrics: set[nn.Module]
-    embeddings: set[int]
+    embeddings: set[nn.Parameter | None]
     layers: dict[str, nn.Linear] = field(default_factory=dict)
     already_converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -246,11 +248,10 @@ class _Plan:
 
     def _reason(self, layer: nn.Linear, aliases: list[str]) -> str | None:
         """Why a layer stays as it is, or ``None``."""
-        pattern = self._pattern(aliases, ("lm_head",) if self.given is None else self.given)
+        pattern = self._pattern(aliases, LEFT_ALONE if self.given is None else self.given)
         if pattern is not None:
             return f"matches {pattern!r}"
-        weight = layer._parameters.get("weight")
-        if self.given is None and weight is not None and id(weight) in self.embeddings:
+        if self.given is None and layer._parameters.get("weight") in self.embeddings:
             return "tied to an embedding"
         if self._pattern(aliases, _LORA_ADAPTERS) is not None:
             return "a LoRA adapter"

@@ -237,11 +237,11 @@ def finish_gradient(gradient: Tensor, mask: Tensor | None, config: QuartetConfig
 
 
 def _make_seed(seed: int, device: torch.device) -> Tensor:
-    # Made once per device: a copy from the host would stop the stream at every call.
     with torch.inference_mode(False):
         return torch.tensor(make_seed(seed), dtype=torch.int64, device=device)
 
 
+# Made once per device: a copy from the host would stop the stream at every call.
 _constant_seed = functools.lru_cache(maxsize=128)(_make_seed)
 
 
@@ -332,7 +332,7 @@ def quartet_linear(
     """
     _check(x, weight, bias, config, master)
     if torch.compiler.is_compiling():  # the operators' fake kernels ask for the backend, without being traced
-        _make_matrices(config.transform_init, config.hadamard_group_size, x.device)
+        make_matrices(config.transform_init, config.hadamard_group_size, x.device)
     else:
         select_backend(config.backend, x.device, x.dtype)
         if torch._C._are_functorch_transforms_active():
@@ -382,12 +382,6 @@ def _few_tokens(x: Tensor, config: QuartetConfig) -> bool:
     if torch.version.hip is not None:
         return False  # the kernel is made of NVIDIA's instructions
     return _has_kernels(config.backend, x.device, x.dtype)
-
-
-@torch.compiler.assume_constant_result
-def _make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
-    """While a layer is compiled, not when it runs."""
-    make_matrices(transform_init, group_size, device)
 
 
 @torch.compiler.assume_constant_result

@@ -50,8 +50,9 @@ def _make_matrix(transform_init: str, group_size: int, device: torch.device, dty
 _matrix = lru_cache(maxsize=64)(_make_matrix)
 
 
+@torch.compiler.assume_constant_result
 def make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
-    """Make now what layers of that rotation will read on a device, whatever their dtype.
+    """Make now, while a layer is compiled, what layers of that rotation will read on a device, whatever their dtype.
 
     Who records CUDA graphs (``torch.compile`` in mode ``reduce-overhead``) gives the first run memory of its own, in
     which nothing may be made that lives on.

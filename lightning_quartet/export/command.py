@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quartet.convert import convert, layer_names, matches, resolve_patterns, without_wrappers
+from lightning_quartet.convert import LEFT_ALONE, convert, layer_names, matches, resolve_patterns, without_wrappers
 from lightning_quartet.export.api import export_quartet
 from lightning_quartet.export.formats import FORMATS
 from lightning_quartet.export.reading import build_model, read_config, read_generation_config
@@ -141,14 +141,14 @@ def load_checkpoint(
     trained = _under(prefix, model)
     for layers in saved["converted_before"]:
         _convert(trained, layers["config"], packed, [], set(layers["layers"]))
-    patterns = saved["modules_to_not_convert"]
-    if recipe is None and patterns is not None:  # the training has checked them; some may name what is not exported
+    patterns, of_command = saved["modules_to_not_convert"], recipe is not None
+    if patterns is None and (tied := _tied(trained, state)):
+        patterns, of_command = [*LEFT_ALONE, *tied], False
+    if patterns is not None and not of_command:  # the training has checked them; some may name what is not exported
         names = [name for aliases in layer_names(trained).values() for name in aliases]
         patterns = [
             pattern for pattern in resolve_patterns(patterns) or () if any(matches(name, pattern) for name in names)
         ]
-    if patterns is None:
-        patterns = _left_alone(trained, state)
     _convert(trained, saved["config"], packed, patterns)
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     _load(model, part, prefix, ckpt, model_folder)
@@ -158,20 +158,16 @@ def load_checkpoint(
     return model.eval()
 
 
-def _left_alone(model: nn.Module, state: dict[str, Tensor]) -> list[str] | None:
-    """Patterns for what a training left alone by default; ``None`` where the model itself says all of it. A weight that
-    the training tied to an embedding is one tensor in its checkpoint."""
+def _tied(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Linear layers that a training tied to an embedding, whatever the model's config says: its checkpoint holds one
+    tensor for the two."""
 
     def addresses(kind: type[nn.Module]) -> dict[str, int]:
-        found = {
-            name: state.get(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, kind)
-        }
-        return {name: weight.data_ptr() for name, weight in found.items() if weight is not None}
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        return {name: state[f"{name}.weight"].data_ptr() for name in names if f"{name}.weight" in state}
 
     embeddings = set(addresses(nn.Embedding).values())
-    tied = [name for name, address in addresses(nn.Linear).items() if address in embeddings]
-    names = [name for aliases in layer_names(model).values() for name in aliases]
-    return [p for p in ("lm_head", *tied) if any(matches(name, p) for name in names)] if tied else None
+    return [name for name, address in addresses(nn.Linear).items() if address in embeddings]
 
 
 def _convert(
@@ -184,12 +180,11 @@ def _convert(
 
 
 def _load(model: Any, part: dict[str, Tensor], prefix: str, ckpt: Path, model_folder: Path) -> None:
-    for key, own in model.state_dict().items():  # copying would cast these silently
-        if key in part and own.is_floating_point() and not part[key].is_floating_point():
-            raise ValueError(f"{key} of {ckpt} is {part[key].dtype}; it must be a floating-point tensor.")
-    for key, own in model.state_dict(keep_vars=True).items():  # a model made from config.json is in float32
+    for key, own in model.state_dict(keep_vars=True).items():
         if key in part and own.is_floating_point():
-            own.data = own.data.to(part[key].dtype)
+            if not part[key].is_floating_point():  # copying would cast it silently
+                raise ValueError(f"{key} of {ckpt} is {part[key].dtype}; it must be a floating-point tensor.")
+            own.data = own.data.to(part[key].dtype)  # a model made from config.json is in float32
     try:
         missing, unexpected = model.load_state_dict(part, strict=False)
     except RuntimeError as error:

@@ -35,9 +35,10 @@ class _Root(nn.Module):
     the end of ``forward`` for that of the step, free the root's parameters and gather them again for the backward.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.module = module
+        self.blocks = blocks
         self.weights: list[nn.Parameter] = []  # that are gathered packed: DTensors
         self.running = False
         self.again = False  # was anything freed in the middle of this step
@@ -120,13 +121,10 @@ class _Root(nn.Module):
 
     def free(self) -> None:
         """Keep no gathered weights, here and in blocks."""
-        from torch.distributed.fsdp import FSDPModule
-
         self.again = self.stale = False
         self.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in (self, *self.blocks):
+            module.reshard()  # type: ignore[operator]
         self.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
 
 
@@ -242,7 +240,7 @@ class QuartetFSDP(ModelParallelStrategy):
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=policy)
         # The root sees whole batches, whose floats (targets, say) are not ours to cast.
         policy = MixedPrecisionPolicy(param_dtype, self.reduce_dtype, cast_forward_inputs=False)
-        root = _Root(model)
+        root = _Root(model, blocks)
         _pack_when_gathered(root, sole, self.root_device)
         fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         inside = {module for block in blocks for module in block.modules()}
@@ -326,7 +324,7 @@ class QuartetFSDP(ModelParallelStrategy):
             )
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         for shard in _shards_of(self._root.weights):
-            shard.is_packed = False  # another forward of this step must not send the old codes
+            shard.is_packed = False  # also where an optimizer writes through `data`, which the shard does not see
         self._root.outdate()
         return result
 
@@ -498,8 +496,6 @@ def _forget_interrupted(root: _Root) -> None:
     Raises:
         MisconfigurationException: If FSDP2 cannot.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     if root.interrupted:
         if not hasattr(root, "reset_iter_state"):
             raise MisconfigurationException(
@@ -508,8 +504,8 @@ def _forget_interrupted(root: _Root) -> None:
             )
         root.reset_iter_state()  # type: ignore[operator]
         root.interrupted = False
-    for module in root.modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    for module in (root, *root.blocks):
+        group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
         for parameter in () if group is None else group.fsdp_params:
             if hasattr(parameter, "_unsharded_param"):
                 parameter._unsharded_param.grad = parameter.unsharded_accumulated_grad = None

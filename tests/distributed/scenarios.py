@@ -336,12 +336,16 @@ class Probed(Net):
         self.weights["probed"] = torch.tensor(self.probed)
 
 
-class Direct(Net):
-    """Goes around the strategy in manual optimization."""
+class Manual(Net):
+    """With manual optimization."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.automatic_optimization = False
+
+
+class Direct(Manual):
+    """Goes around the strategy in it."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizer = self.optimizers()
@@ -367,12 +371,8 @@ class Outside(Net):
         return self.middle(self.features(x))
 
 
-class Repeated(Outside):
-    """Manual optimization: two steps a batch, each with the gradients of two halves."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.automatic_optimization = False
+class Repeated(Manual, Outside):
+    """Two steps a batch, each with the gradients of two halves."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         optimizer = self.optimizers()

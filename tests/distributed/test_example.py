@@ -12,9 +12,26 @@ import scenarios
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_configuration_trains_and_saves(ranks, tmp_path):
+def small(folder):
+    """Options for a small model on a few speeches, written to the folder."""
     text = lzma.decompress((ROOT / "examples" / "language_model" / "sotu.txt.xz").read_bytes()).decode()
-    (tmp_path / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
+    (folder / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
+    return [
+        f"--trainer.logger.init_args.save_dir={folder}",
+        "--model.init_args.config.hidden_size=64",
+        "--model.init_args.config.intermediate_size=96",
+        "--model.init_args.config.num_hidden_layers=2",
+        "--model.init_args.config.num_attention_heads=2",
+        "--model.init_args.config.num_key_value_heads=1",
+        "--model.init_args.config.vocab_size=512",
+        f"--data.init_args.path={folder / 'sotu.txt'}",
+        "--data.init_args.vocabulary_size=512",
+        "--data.init_args.sequence_length=32",
+        f"--data.init_args.cache_dir={folder / 'cache'}",
+    ]
+
+
+def test_the_configuration_trains_and_saves(ranks, tmp_path):
     arguments = [
         "fit",
         f"--config={ROOT / 'examples' / 'distributed' / 'config.yaml'}",
@@ -24,17 +41,7 @@ def test_the_configuration_trains_and_saves(ranks, tmp_path):
         "--trainer.val_check_interval=2",
         "--trainer.limit_val_batches=1",
         "--trainer.callbacks.init_args.every_n_train_steps=2",  # of the last callback
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        "--model.init_args.config.hidden_size=64",
-        "--model.init_args.config.intermediate_size=96",
-        "--model.init_args.config.num_hidden_layers=2",
-        "--model.init_args.config.num_attention_heads=2",
-        "--model.init_args.config.num_key_value_heads=1",
-        "--model.init_args.config.vocab_size=512",
-        f"--data.init_args.path={tmp_path / 'sotu.txt'}",
-        "--data.init_args.vocabulary_size=512",
-        "--data.init_args.sequence_length=32",
-        f"--data.init_args.cache_dir={tmp_path / 'cache'}",
+        *small(tmp_path),
     ]
     ranks(scenarios.run_command, arguments=arguments)
     folders = list(tmp_path.glob("distributed/version_0/checkpoints/*.ckpt"))
@@ -43,9 +50,6 @@ def test_the_configuration_trains_and_saves(ranks, tmp_path):
 
 
 def test_a_recipe_that_ends_with_generated_text_runs_sharded(ranks, tmp_path):
-    text = lzma.decompress((ROOT / "examples" / "language_model" / "sotu.txt.xz").read_bytes()).decode()
-    (tmp_path / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
     arguments = [
         "fit",
         f"--config={ROOT / 'examples' / 'language_model' / 'config.yaml'}",
@@ -53,15 +57,8 @@ def test_a_recipe_that_ends_with_generated_text_runs_sharded(ranks, tmp_path):
         "--trainer.devices=2",
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        *(f"--model.init_args.config.{name}={value}" for name, value in sizes.items()),
-        "--model.init_args.config.num_attention_heads=2",
-        "--model.init_args.config.num_key_value_heads=1",
-        f"--data.init_args.path={tmp_path / 'sotu.txt'}",
         "--data.init_args.validation_documents=2",
-        "--data.init_args.vocabulary_size=512",
-        "--data.init_args.sequence_length=32",
-        f"--data.init_args.cache_dir={tmp_path / 'cache'}",
+        *small(tmp_path),
     ]
     ranks(scenarios.run_command, arguments=arguments)
     (sample,) = tmp_path.rglob("sample.txt")

@@ -86,6 +86,16 @@ def test_bytes_on_the_wire(ranks, packed, precision):
     assert counts["reduced"] == 2 * [*2 * [(weights + others) * 4 / 2], root * 4 / 2]
 
 
+def assert_same_losses(results, expected):
+    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
+    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+
+
+def assert_same_weights(results, expected):
+    for name, weight in expected["weights"].items():
+        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+
+
 COMBINATIONS = {
     "frozen": {"model": {"frozen": True}},
     "checkpointing": {"model": {"checkpointing": True}},
@@ -109,11 +119,9 @@ COMBINATIONS = {
 def test_combinations_give_the_weights_of_one_process(ranks, combination):
     results = ranks(scenarios.train, **{"fsdp": {}, **combination})
     expected = scenarios.train(world_size=1, **{k: v for k, v in combination.items() if k != "fsdp"})
-    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
-    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    assert_same_losses(results, expected)
     assert results[0]["weights"].keys() == expected["weights"].keys()
-    for name, weight in expected["weights"].items():
-        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+    assert_same_weights(results, expected)
     compiled = combination.get("model", {}).get("compiled", False)
     assert results[0]["graph_breaks"] == {}
     assert (results[0]["graphs"] > 0) == compiled
@@ -126,8 +134,7 @@ def test_adapters_train_like_in_one_process(ranks, masters):
     config = QuartetConfig(store_master_weights=masters, randomize_backward=False)
     options = {"config": config, "kind": scenarios.AdaptedNet, "model": {"lr": 0.1}, "steps": 4}
     results, expected = ranks(scenarios.train, fsdp={}, **options), scenarios.train(world_size=1, **options)
-    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
-    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    assert_same_losses(results, expected)
     before = scenarios.AdaptedNet().state_dict()
     for name, weight in expected["weights"].items():
         assert (results[0]["weights"][name].double() - weight.double()).norm() <= 1e-5 * weight.double().norm(), name
@@ -186,14 +193,15 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [{}, {"reshard_after_forward": False}, {"packed": False}], ids=str)
+WAYS = [{}, {"reshard_after_forward": False}, {"packed": False}]
+
+
+@pytest.mark.parametrize("fsdp", WAYS, ids=str)
 def test_weights_written_inside_a_step_are_those_it_computes_with(ranks, fsdp):
     options = {"kind": scenarios.Disturbed, "steps": 4}
     results, expected = ranks(scenarios.train, fsdp=fsdp, **options), scenarios.train(1, **options)
-    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
-    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
-    for name, weight in expected["weights"].items():
-        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+    assert_same_losses(results, expected)
+    assert_same_weights(results, expected)
 
 
 @pytest.mark.parametrize("kind", [scenarios.Penalised, scenarios.Probed])
@@ -201,25 +209,19 @@ def test_weights_written_inside_a_step_are_those_it_computes_with(ranks, fsdp):
 def test_what_reads_a_weight_itself_gets_its_own_gradient(ranks, kind, packed, accumulate):
     options = {"kind": kind, "steps": 3, "accumulate_grad_batches": accumulate}
     results, expected = ranks(scenarios.train, fsdp={"packed": packed}, **options), scenarios.train(1, **options)
-    for name, weight in expected["weights"].items():
-        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
-
-
-WAYS = [{}, {"reshard_after_forward": False}, {"packed": False}]
+    assert_same_weights(results, expected)
 
 
 @pytest.mark.parametrize(
-    ("kind", "losses_"), [(scenarios.Repeated, 12), (scenarios.Prompted, 12), (scenarios.Toggling, 6)]
+    ("kind", "backwards"), [(scenarios.Repeated, 12), (scenarios.Prompted, 12), (scenarios.Toggling, 6)]
 )
 @pytest.mark.parametrize("fsdp", WAYS, ids=str)
-def test_several_backwards_and_steps_in_one_training_step(ranks, fsdp, kind, losses_):
+def test_several_backwards_and_steps_in_one_training_step(ranks, fsdp, kind, backwards):
     options = {"kind": kind, "steps": 3}
     results, expected = ranks(scenarios.train, fsdp=fsdp, **options), scenarios.train(1, **options)
-    losses, reference = scenarios.mean_losses(results), scenarios.mean_losses([expected])
-    assert len(reference) == losses_
-    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
-    for name, weight in expected["weights"].items():
-        assert (results[0]["weights"][name] - weight).norm() <= 1e-5 * weight.norm(), name
+    assert len(expected["losses"]) == backwards
+    assert_same_losses(results, expected)
+    assert_same_weights(results, expected)
 
 
 @pytest.mark.parametrize("kind", [scenarios.Outside, scenarios.Repeated])
@@ -231,8 +233,7 @@ def test_hooks_and_monitor_find_shards_between_steps_and_other_methods_can_be_ca
     assert len(first["seen"]) == 4
     torch.testing.assert_close(first["described"], expected["described"], rtol=1e-5, atol=1e-6)
     assert torch.equal(first["described"], second["described"])
-    losses, reference = scenarios.mean_losses([first, second]), scenarios.mean_losses([expected])
-    torch.testing.assert_close(losses, reference, rtol=1e-6, atol=0)
+    assert_same_losses([first, second], expected)
     assert any(name.startswith("quartet/middle/weights") for name in first["measured"])
     for name, value in first["measured"].items():
         if "/weights/" in name:

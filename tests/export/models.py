@@ -7,6 +7,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from lightning_quartet import QuartetConfig, convert_to_quartet
 
+ONE_LAYER = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+
 
 def llama(config: QuartetConfig | str | None = None, *, tied: bool = False, bias: bool = False) -> LlamaForCausalLM:
     """A Llama of two layers, converted if there is a config."""

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import peft
 import pytest
 import torch
-from models import bert, llama, tokenizer, tokens
+from models import ONE_LAYER, bert, llama, tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from test_files import Bomb
 from torch import Tensor, nn
@@ -105,8 +105,7 @@ def test_tensors_keep_the_dtypes_of_the_training(tmp_path, source, packed):
 
 
 def test_what_a_training_tied_to_an_embedding_stays_as_it_was_trained(tmp_path, source):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    lm = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)).eval()
+    lm = BertForMaskedLM(BertConfig(**ONE_LAYER, num_attention_heads=2, tie_word_embeddings=False)).eval()
     lm.save_pretrained(source)
     lm.cls.predictions.decoder.weight = lm.bert.embeddings.word_embeddings.weight
     module = Module()

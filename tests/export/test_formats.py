@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import bert, llama, tokenizer, tokens
+from models import ONE_LAYER, bert, llama, tokenizer, tokens
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -20,13 +20,6 @@ from quartet_kernels.rotation import rotation_matrix
 
 FP_QUANT = QuartetConfig.from_recipe("fp_quant")
 IDENTITY = QuartetConfig(transform_init="identity")
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict]:
@@ -248,7 +241,10 @@ def test_auto_round_refuses_layers_that_it_would_rotate_or_not_otherwise_than_th
 
 
 def test_auto_round_refuses_output_layers_in_mxfp4_that_it_would_fill_with_random_numbers(tmp_path):
-    for make in (lambda: llama(), lambda: BertForMaskedLM(BertConfig(**SMALL, tie_word_embeddings=False))):
+    for make in (
+        lambda: llama(),
+        lambda: BertForMaskedLM(BertConfig(**ONE_LAYER, num_attention_heads=2, tie_word_embeddings=False)),
+    ):
         model = make()
         convert_to_quartet(model, config=IDENTITY, modules_to_not_convert=[])
         with pytest.raises(ValueError, match="never puts .* in MXFP4, an output layer or the last one"):
@@ -256,9 +252,8 @@ def test_auto_round_refuses_output_layers_in_mxfp4_that_it_would_fill_with_rando
 
 
 def test_auto_round_refuses_fused_experts_and_other_cards_name_them(tmp_path):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     model = MixtralForCausalLM(
-        MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+        MixtralConfig(**ONE_LAYER, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
     ).eval()
     convert_to_quartet(model, config=IDENTITY)
     with pytest.raises(ValueError, match=r"cannot keep the fused experts model.layers.0.mlp.experts"):

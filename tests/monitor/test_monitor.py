@@ -59,8 +59,9 @@ class Notes(pl.Callback):
 def train(model: pl.LightningModule, monitor: QuartetMonitor, config: Any = None, **options: Any) -> pl.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     callbacks = [QuartetQAT(config), monitor, *options.pop("callbacks", [])]
+    resumed = options.pop("ckpt_path", None)
     trainer = pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **options, "callbacks": callbacks})
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=resumed)
     return trainer
 
 
@@ -156,12 +157,10 @@ def test_the_first_step_after_a_resume_is_measured_for_who_stops_by_it(tmp_path:
     metric = "quartet_worst/inputs/snr_db"
     trainer = train(Net(batches=4), QuartetMonitor(every_n_steps=3))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    model, monitor = Net(batches=4), QuartetMonitor(every_n_steps=3)
+    model = Net(batches=4)
     early = pl.callbacks.EarlyStopping(metric, check_on_train_epoch_end=True, mode="max")
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    callbacks = [QuartetQAT(), monitor, early]
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, limit_train_batches=1, callbacks=callbacks, **quiet)
-    trainer.fit(model, ckpt_path=tmp_path / "a.ckpt")
+    options = {"max_epochs": 2, "limit_train_batches": 1, "ckpt_path": tmp_path / "a.ckpt"}
+    trainer = train(model, QuartetMonitor(every_n_steps=3), callbacks=[early], **options)
     assert model.hooks == [3]
     assert early.best_score == trainer.callback_metrics[metric]
 
