@@ -59,6 +59,7 @@ def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def build(config: dict[str, Any], options: list[str], seed: int) -> LightningCLI:
     """Model, data and Trainer of a configuration."""
+    torch._dynamo.reset()  # compiled layers of many rows would reach its limit of recompilations
     config = copy.deepcopy(config)
     config["trainer"]["logger"]["init_args"]["name"] += f"-{seed}"  # processes must not share a run's folder
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -265,7 +265,7 @@ def _elements(shape: list[Any]) -> int:
 
 def strategy(mode: str, devices: int) -> Any:
     if mode.startswith("ddp"):
-        return "ddp" if devices > 1 else "auto"
+        return DDPStrategy(gradient_as_bucket_view=True) if devices > 1 else "auto"
     if mode.startswith("fsdp1"):
         return FSDPStrategy(auto_wrap_policy={Block})
     return QuartetFSDP(packed=mode == "quartet-fsdp")

@@ -5,8 +5,9 @@ the last axis. A GEMM operand of this backend is the dequantised tensor ``code *
 Source: Quartet, arXiv 2505.14669 v4, Appendix A.1; QuEST, arXiv 2502.05003; OCP MX v1.0.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ MXFP8_MIN_EXPONENT, MXFP8_MAX_EXPONENT = -117, 119
 """The same of E4M3 codes, whose smallest is 2^-9 and whose largest is 448; what is in between fits bfloat16, too."""
 CACHED_ELEMENTS = 1 << 18
 """Elements that the CPU quantises at a time: some forty passes over them should stay in its cache."""
+CPU_THREADS = CACHED_ELEMENTS // 32768
+"""As many as PyTorch gives to one of these passes. The product that rotates would wake all threads of the host and the
+next pass send most of them to sleep: with 64, a block took 150 times as long as with 4 (2026-11-28)."""
 
 Operand = tuple[Tensor, Tensor]
 
@@ -172,11 +176,25 @@ def _no_scale(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
+@contextlib.contextmanager
+def _few_threads() -> Iterator[None]:
+    """At most CPU_THREADS threads for an operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, CPU_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _by_rows(x: Tensor, function: Callable[[Tensor, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """``function(rows, index of the first)`` over blocks of x [M, K] that fit a CPU's cache, put together again."""
-    rows = max(1, CACHED_ELEMENTS // max(1, x.shape[1])) if x.device.type == "cpu" else max(1, x.shape[0])
-    parts = [function(block, index * rows) for index, block in enumerate(x.split(rows))]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    if x.device.type != "cpu":
+        return function(x, 0)
+    with _few_threads():
+        rows = max(1, CACHED_ELEMENTS // max(1, x.shape[1]))
+        parts = [function(block, index * rows) for index, block in enumerate(x.split(rows))]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def quantize_forward(

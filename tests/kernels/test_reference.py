@@ -1,5 +1,6 @@
 """The reference's quantisers against float64 arithmetic and the published figures."""
 
+import contextlib
 import math
 
 import pytest
@@ -279,3 +280,26 @@ def test_signs_remove_the_bias_that_fixed_rotations_leave():
 def test_bad_input_gets_one_sentence(arguments, error, message):
     with pytest.raises(error, match=message):
         quantize_mxfp4(**arguments)
+
+
+def test_many_threads_do_not_take_turns(monkeypatch):
+    """The product that rotates would wake all of them; the caller's setting is back afterwards, also after an error."""
+    found = []
+
+    def rotate(x, matrix):
+        found.append(torch.get_num_threads())
+        if len(found) == 3:
+            raise RuntimeError("the last")
+        return x
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(reference, "rotate", rotate)
+    try:
+        torch.set_num_threads(64)
+        for expected in (None, None, RuntimeError):
+            with pytest.raises(expected) if expected else contextlib.nullcontext():
+                quantize_mxfp4(torch.randn(2, 64), config=QuartetConfig(), backend="reference")
+            assert torch.get_num_threads() == 64
+    finally:
+        torch.set_num_threads(before)
+    assert found == [reference.CPU_THREADS] * 3

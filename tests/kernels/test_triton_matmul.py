@@ -164,3 +164,14 @@ def test_tiles_fit_shared_memory() -> None:
                     tile = fp8_matmul.tma_tile(tokens, 4096, 132, precise, True, group, out_bytes)
                     assert tile.stages >= 2
                     assert tile.block_n // tile.parts >= group
+
+
+def test_more_programs_beside_collectives_change_no_number(generator, monkeypatch) -> None:
+    case = make_case(generator, 700, 700, 32, out_dtype=torch.float32)
+    grids = []
+    launch = fp8_matmul.launch
+    monkeypatch.setattr(fp8_matmul, "launch", lambda *a, **options: grids.append(a[2]) or launch(*a, **options))
+    alone = product("fast", case, monkeypatch)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert torch.equal(product("fast", case, monkeypatch), alone)
+    assert grids == [4, 4 * fp8_matmul.SHARED_WAVES]  # of 18 tiles

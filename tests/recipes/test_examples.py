@@ -104,6 +104,7 @@ def test_finetune_llm_runs(name: str, tmp_path: Path, short_corpus: Path, monkey
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
         f"--model.init_args.pretrained={model}",
+        "--model.init_args.compile_layers=false",
         f"--data.init_args.tokenizer={model}",
         "--data.init_args.path=novel.txt",
         "--data.init_args.sequence_length=32",

@@ -46,6 +46,9 @@ class Tile(NamedTuple):
 
 SHARED_BYTES = 232448
 """Shared memory a program can have on Hopper."""
+SHARED_WAVES = 4
+"""Programs a multiprocessor where collectives run beside the product and hold some multiprocessors, which a program
+that was meant for one would wait for. Four H200s under FSDP2: steps 3% shorter; alone, products take 1 to 2% longer."""
 
 
 @triton.jit
@@ -170,6 +173,11 @@ def tma_tile(M: int, N: int, programs: int, precise: bool, masked: bool, group: 
     return Tile(block_m, block_n, 128, warps, stages, parts, 0 if precise or group > 32 else warps)
 
 
+def waves() -> int:
+    """Programs a multiprocessor, at most. They change no number: a program computes whole tiles."""
+    return SHARED_WAVES if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
 def aligned(*tensors: torch.Tensor) -> bool:
     """Whether TMA can read these contiguous matrices: base and row stride multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
@@ -217,7 +225,7 @@ def matmul(
         launch(
             fp8_tma_kernel,
             a.device,
-            min(programs, cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
+            min(waves() * programs, cdiv(M, tile.block_m) * cdiv(N, tile.block_n)),
             (*descriptors, *runtime),
             (*constants, tile.block_m, tile.block_n, tile.block_k, GROUP_M, tile.parts, tile.rotating_warps, precise),
             tile.warps,
