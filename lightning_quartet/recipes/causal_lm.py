@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lightning_quartet.recipes.optimizer import adamw
 
 _STEPS_TO_AVERAGE = 20
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 class CausalLM(LightningModule):
@@ -43,7 +44,8 @@ class CausalLM(LightningModule):
             gradients over batches.
 
     Raises:
-        ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown.
+        ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown;
+            in ``setup``, for CUDA graphs with accumulated gradients.
         FileNotFoundError: When ``pretrained`` is not a folder with a ``config.json``.
     """
 
@@ -91,6 +93,13 @@ class CausalLM(LightningModule):
             raise ValueError(
                 f"The tokenizer has {size} tokens but the model's vocab_size is {vocabulary}: "
                 "set the data's vocabulary_size and the model's config.vocab_size to the same number."
+            )
+        batches = self.trainer.accumulate_grad_batches
+        if stage == "fit" and batches > 1 and self._compile_mode in _WITH_CUDA_GRAPHS:
+            # The next batch would write over the gradients, https://github.com/pytorch/pytorch/issues/169545.
+            raise ValueError(
+                f"compile_layers={self._compile_mode!r} replays CUDA graphs, which cannot sum gradients over "
+                f"accumulate_grad_batches={batches}: set it to 1, or compile_layers to true."
             )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

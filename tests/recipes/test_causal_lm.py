@@ -73,6 +73,14 @@ def test_layers_are_compiled_and_adapters_added_on_demand() -> None:
     assert all("lora_" in name for name in trained)
 
 
+def test_cuda_graphs_do_not_sum_gradients(tmp_path: Path) -> None:
+    model = CausalLM(TINY, compile_layers="reduce-overhead")
+    fit = trainer(tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2: set it to 1"):
+        fit.fit(model, counting())
+    assert fit.global_step == 0
+
+
 def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token(tmp_path: Path) -> None:
     model = CausalLM(TINY)
     data = counting(2)
