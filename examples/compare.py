@@ -7,6 +7,8 @@ after training     the same weights, evaluated with MXFP4 products
 MXFP4 training     trained and evaluated with the YAML's QuartetQAT, or with each of --recipes
 others             YAML files named with --others, trained and evaluated as they are
 
+Callbacks that watch, draw or keep (LossCurve, ModelCheckpoint, progress bars) are left out of all rows.
+
 More options go to `lightning-quartet` as they are: --trainer.precision=bf16-mixed, say. The numbers are those that
 the model logs in its test, and a language model's perplexity; with them the training's last tokens per second, where
 the model logs them, and its peak memory on a GPU. The runs' folders are `runs/compare/...`.
@@ -19,6 +21,7 @@ import argparse
 import copy
 import functools
 import gc
+import hashlib
 import math
 import statistics
 import sys
@@ -31,34 +34,70 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_quartet import QuartetPrecision, QuartetQAT
 from lightning_quartet.recipes import CausalLM
 from lightning_quartet.recipes.results import Result, change_results, read_results
+from quartet_kernels import QuartetConfig
 
 QAT = "lightning_quartet.QuartetQAT"
+WATCHERS = {
+    *("LossCurve", "TextSample", "QuartetMonitor", "ModelCheckpoint", "OnExceptionCheckpoint"),
+    *("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor"),
+    *("ModelSummary", "RichModelSummary", "TQDMProgressBar", "RichProgressBar"),
+}
+"""Callbacks that no row has."""
+
+
+def bare(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without callbacks that watch, draw and keep, which change no number; its logs go to ``runs/compare``."""
+    config = copy.deepcopy(config)
+    trainer = config["trainer"]
+    callbacks = trainer.get("callbacks") or []
+    callbacks = [{"class_path": c} if isinstance(c, str) else c for c in _listed(callbacks)]
+    trainer["callbacks"] = [c for c in callbacks if _name(c) not in WATCHERS]
+    trainer["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs/compare", "name": "others"},
+    }
+    for switch in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
+        trainer.setdefault(switch, False)
+    return config
 
 
 def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe without and with MXFP4; without a monitor or pictures, which change no number."""
-    ours = copy.deepcopy(config)
-    if "QuartetPrecision" in str(ours["trainer"].get("plugins")):
+    """The recipe without and with MXFP4."""
+    if "QuartetPrecision" in str(config["trainer"].get("plugins")):
         raise SystemExit("QuartetPrecision in the configuration would convert every row: name a precision instead.")
-    callbacks = ours["trainer"].get("callbacks") or []
-    qat = [c for c in callbacks if c["class_path"].rpartition(".")[2] == "QuartetQAT"] or [{"class_path": QAT}]
-    ours["trainer"]["callbacks"] = qat
+    ours = bare(config)
+    callbacks = ours["trainer"]["callbacks"]
+    if not any(_name(callback) == "QuartetQAT" for callback in callbacks):
+        callbacks.append({"class_path": QAT})
     plain = copy.deepcopy(ours)
-    plain["trainer"]["callbacks"] = []
+    plain["trainer"]["callbacks"] = [callback for callback in callbacks if _name(callback) != "QuartetQAT"]
     for one, name in ((plain, "plain"), (ours, "quartet")):
-        one["trainer"]["logger"] = {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": "runs/compare", "name": name},
-        }
-        for switch in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"):
-            one["trainer"].setdefault(switch, False)
+        one["trainer"]["logger"]["init_args"]["name"] = name
     return plain, ours
 
 
-def build(config: dict[str, Any], options: list[str], seed: int) -> LightningCLI:
-    """Model, data and Trainer of a configuration."""
+def _listed(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _name(callback: dict[str, Any]) -> str:
+    return callback["class_path"].rpartition(".")[2]
+
+
+def with_options(recipe: dict[str, Any], /, **options: Any) -> dict[str, Any]:
+    """The recipe with other options of its QuartetQAT; None for what it would be without."""
+    recipe = copy.deepcopy(recipe)
+    (qat,) = (callback for callback in recipe["trainer"]["callbacks"] if _name(callback) == "QuartetQAT")
+    options = {**qat.get("init_args", {}), **options}
+    qat["init_args"] = {name: value for name, value in options.items() if value is not None}
+    return recipe
+
+
+def build(config: dict[str, Any], options: list[str], seed: int, mxfp4: bool | None = None) -> LightningCLI:
+    """Model, data and Trainer of a configuration; ``mxfp4`` says whether it must convert the model, or must not."""
     torch._dynamo.reset()  # compiled layers of many rows would reach its limit of recompilations
     config = copy.deepcopy(config)
     config["trainer"]["logger"]["init_args"]["name"] += f"-{seed}"  # processes must not share a run's folder
@@ -66,7 +105,13 @@ def build(config: dict[str, Any], options: list[str], seed: int) -> LightningCLI
         yaml.safe_dump(config, file)
         file.flush()
         arguments = ["--config", file.name, f"--seed_everything={seed}", *options]
-        return LightningCLI(args=arguments, run=False, save_config_callback=None)
+        cli = LightningCLI(args=arguments, run=False, save_config_callback=None)
+    converts = any(isinstance(callback, QuartetQAT) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    converts |= isinstance(cli.trainer.precision_plugin, QuartetPrecision)
+    if mxfp4 is not None and converts != mxfp4:
+        made = "MXFP4" if converts else "high precision"
+        raise SystemExit(f"The options {options} make {made} of every row: leave out those that do.")
+    return cli
 
 
 def evaluate(cli: LightningCLI) -> dict[str, float]:
@@ -97,23 +142,21 @@ def compare(
     """Rows of the table that are not done, each with its results."""
     plain, ours = split(config)
     if "high precision" not in done or "after training" not in done:
-        trained = build(plain, options, seed)
+        trained = build(plain, options, seed, False)
         yield "high precision", train(trained)
         weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
         del trained
-        after = build(ours, options, seed)
+        after = build(with_options(ours, start_step=None, end_step=None), options, seed, True)
         after.model.load_state_dict(weights)
         yield "after training", evaluate(after)
         del after
-    for recipe in recipes or [""]:
-        if recipe:
-            ours["trainer"]["callbacks"][0].setdefault("init_args", {})["config"] = recipe
-        row = f"MXFP4 training {recipe}".rstrip()
+    for recipe in recipes or [None]:
+        row = f"MXFP4 training {recipe or ''}".rstrip()
         if row not in done:
-            yield row, train(build(ours, options, seed))
+            yield row, train(build(with_options(ours, config=recipe) if recipe else ours, options, seed, True))
     for file in others:
         if file.stem not in done:
-            yield file.stem, train(build(split(yaml.safe_load(file.read_text()))[1], options, seed))
+            yield file.stem, train(build(bare(yaml.safe_load(file.read_text())), options, seed))
 
 
 def with_row(results: list[Result], about: Result, seed: int, row: str, found: dict[str, float]) -> list[Result]:
@@ -140,6 +183,23 @@ def table(runs: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def check(config: dict[str, Any], recipes: list[str], others: list[Path]) -> None:
+    """Refuse before anything is trained."""
+    for recipe in recipes:
+        QuartetConfig.from_recipe(recipe)
+    qat = next(callback for callback in split(config)[1]["trainer"]["callbacks"] if _name(callback) == "QuartetQAT")
+    own = qat.get("init_args", {}).get("config")
+    if recipes and isinstance(own, dict):
+        raise SystemExit(
+            f"--recipes {recipes} would take the place of QuartetQAT's config {own}: leave one of them out."
+        )
+    stems = [file.stem for file in others]
+    if len(set(stems)) < len(stems):
+        raise SystemExit(f"--others has files of one name, {stems}, which names their row: rename one.")
+    for file in others:
+        yaml.safe_load(file.read_text())
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
@@ -148,15 +208,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--others", type=Path, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     arguments, options = parser.parse_known_args(argv)
-    config = yaml.safe_load(arguments.config.read_text())
+    text = arguments.config.read_text()
+    config = yaml.safe_load(text)
+    check(config, arguments.recipes, arguments.others)
     what = {
         "config": str(arguments.config),
+        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
         "options": options,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
     }
     found = read_results(arguments.json) if arguments.json else []
-    if any({name: result[name] for name in what} != what for result in found):
+    if any({name: result.get(name) for name in what} != what for result in found):
         raise SystemExit(
             f"{arguments.json} holds results of another configuration, device or torch: name another file."
         )

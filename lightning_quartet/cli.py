@@ -30,6 +30,13 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the description's lines."""
 
 
+class _CLI(LightningCLI):
+    """The YAML and the command line name the model."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would put the hyperparameters of ``--ckpt_path`` in place of what was asked for."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lightning-quartet``; returns the exit status.
 
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before LightningCLI is built: tools have their own options and start faster.
         return importlib.import_module(TOOLS[arguments[0]][0]).main(arguments) or 0
     tools = "\n".join(f"  {name:<10} {text}" for name, (_, text) in TOOLS.items())
-    LightningCLI(
+    _CLI(
         args=None if argv is None else arguments,
         parser_kwargs={
             "description": _DESCRIPTION + tools,

@@ -68,8 +68,8 @@ def convert_to_quartet(
     Layers keep their Parameter objects, hooks, flags and device, so optimizers made before stay valid and tied weights
     stay tied. Layers converted before are left alone. Stay as they are, with a reason in the report: layers whose
     sizes do not fit, subclasses of ``nn.Linear`` (they compute something else), ``out_proj`` of
-    ``nn.MultiheadAttention``, and LoRA adapters (``lora_A``, ``lora_B``). ``nn.TransformerEncoderLayer`` gives up its
-    fused evaluation path, which would go around its converted layers.
+    ``nn.MultiheadAttention``, LoRA adapters (``lora_A``, ``lora_B``), and networks inside metrics.
+    ``nn.TransformerEncoderLayer`` gives up its fused evaluation path, which would go around its converted layers.
 
     Args:
         module: The model, or a single ``nn.Linear``.
@@ -77,7 +77,7 @@ def convert_to_quartet(
         modules_to_not_convert: Patterns of names to leave alone, with all that is inside. A pattern matches a run of
             whole components anywhere in a name (``lm_head`` matches ``model.lm_head``, ``layers.1`` matches
             ``model.layers.1.mlp`` and not ``model.layers.10``); ``*``, ``?`` and ``[...]`` are wildcards.
-            ``None`` means ``lm_head`` where there is one.
+            ``None`` means ``lm_head`` where there is one, and layers tied to an embedding.
         module_filter_fn: Called as ``module_filter_fn(layer, name)``; a layer is converted only if it returns true.
 
     Returns:

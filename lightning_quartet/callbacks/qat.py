@@ -49,7 +49,7 @@ class QuartetQAT(Callback):
         config: The numerics: a config, the name of a recipe such as ``"quartet_stochastic"``, or ``None`` for the
             default.
         modules_to_not_convert: Names to leave alone, see `convert_to_quartet`; ``None`` means
-            ``lm_head`` where there is one.
+            ``lm_head`` where there is one, and layers tied to an embedding.
         start_step: The optimizer step from which on products are MXFP4; before it the layers compute as ``nn.Linear``.
         end_step: The optimizer step from which on they compute as ``nn.Linear`` again; ``None`` means never.
         master_dtype: ``"float32"`` keeps the converted layers' parameters in float32 where the Trainer's precision

@@ -44,8 +44,8 @@ class CausalLM(LightningModule):
             gradients over batches.
 
     Raises:
-        ValueError: When not exactly one of ``config`` and ``pretrained`` is given, or a field of ``config`` is unknown;
-            in ``setup``, for CUDA graphs with accumulated gradients.
+        ValueError: When not exactly one of ``config`` and ``pretrained`` is given, a field of ``config`` is unknown, or
+            a model without ``layers`` is to be compiled; in a fit, for CUDA graphs with accumulated gradients.
         FileNotFoundError: When ``pretrained`` is not a folder with a ``config.json``.
     """
 
@@ -73,11 +73,18 @@ class CausalLM(LightningModule):
         self.model = _new_model(config) if config is not None else _load_model(str(pretrained))
         self._compile_mode = compile_layers if isinstance(compile_layers, str) else None
         if compile_layers:
-            for layer in self.model.get_decoder().layers:
+            layers = getattr(self.model.get_decoder(), "layers", None)
+            if layers is None:
+                raise ValueError(
+                    f"compile_layers={compile_layers!r}: a {self.model.config.model_type!r} model has no list "
+                    "of decoder layers called `layers`; set compile_layers to false."
+                )
+            for layer in layers:
                 layer.compile(mode=self._compile_mode)
         if lora is not None:
             self.model = _adapted(self.model, lora)
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_TO_AVERAGE + 1)
+        self._recent: deque[tuple[Any, int]] = deque(maxlen=3 * _STEPS_TO_AVERAGE)  # ends of steps, and their tokens
+        self._averaged = 0  # steps, at most, in a speed that was logged
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, length, vocabulary]`` of int64 token ids ``[batch, length]``."""
@@ -94,13 +101,11 @@ class CausalLM(LightningModule):
                 f"The tokenizer has {size} tokens but the model's vocab_size is {vocabulary}: "
                 "set the data's vocabulary_size and the model's config.vocab_size to the same number."
             )
-        batches = self.trainer.accumulate_grad_batches
-        if stage == "fit" and batches > 1 and self._compile_mode in _WITH_CUDA_GRAPHS:
-            # The next batch would write over the gradients, https://github.com/pytorch/pytorch/issues/169545.
-            raise ValueError(
-                f"compile_layers={self._compile_mode!r} replays CUDA graphs, which cannot sum gradients over "
-                f"accumulate_grad_batches={batches}: set it to 1, or compile_layers to true."
-            )
+        if stage == "fit":
+            self._check_accumulation()
+
+    def on_train_epoch_start(self) -> None:
+        self._check_accumulation()  # GradientAccumulationScheduler sets it here
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(batch)
@@ -119,17 +124,22 @@ class CausalLM(LightningModule):
 
     def on_train_start(self) -> None:
         self._recent.clear()
+        self._averaged = 0
 
     def on_validation_end(self) -> None:
         self._recent.clear()  # the time that validation took is not training time
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         tokens = batch.shape[0] * (batch.shape[1] - 1)
-        self._recent.append((time.perf_counter(), tokens))
-        if len(self._recent) > 1:
-            seconds = self._recent[-1][0] - self._recent[0][0]
-            done = sum(count for _, count in self._recent) - self._recent[0][1]
-            speed = torch.tensor(done / seconds)  # a number would be copied to the device, and the host would wait
+        self._recent.append((_now(self.device), tokens))
+        # The host may be many steps ahead of the GPU: those that count are the last that it has done.
+        done = [(moment, count) for moment, count in self._recent if _is_over(moment)][-_STEPS_TO_AVERAGE - 1 :]
+        steps = len(done) - 1
+        if steps > 0 and 2 * steps >= self._averaged:  # few steps after a validation say less than the last before it
+            self._averaged = max(steps, self._averaged)
+            seconds = _seconds(done[0][0], done[-1][0])
+            # As a tensor: a number would be copied to the device, and the host would wait.
+            speed = torch.tensor(sum(count for _, count in done[1:]) / seconds)
             self.log("tokens_per_second", speed)
             self.log("tokens/s", speed, prog_bar=True, logger=False)  # short enough for a progress bar
         self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
@@ -142,6 +152,32 @@ class CausalLM(LightningModule):
     def _loss(self, batch: Tensor, reduction: str = "mean") -> Tensor:
         logits = self(batch[:, :-1])
         return cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction=reduction)
+
+    def _check_accumulation(self) -> None:
+        batches = self.trainer.accumulate_grad_batches
+        if batches > 1 and self._compile_mode in _WITH_CUDA_GRAPHS:
+            # The next batch would write over the gradients, https://github.com/pytorch/pytorch/issues/169545.
+            raise ValueError(
+                f"compile_layers={self._compile_mode!r} replays CUDA graphs, which cannot sum gradients over "
+                f"accumulate_grad_batches={batches}: set it to 1, or compile_layers to true."
+            )
+
+
+def _now(device: torch.device) -> Any:
+    """A moment in a GPU's time, or in the host's where there is none."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _is_over(moment: Any) -> bool:
+    return isinstance(moment, float) or moment.query()
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def _new_model(fields: dict[str, Any]) -> PreTrainedModel:

@@ -14,8 +14,17 @@ Result = dict[str, Any]
 
 
 def read_results(file: Path) -> list[Result]:
-    """What the file holds; nothing where there is none."""
-    return json.loads(file.read_text()) if file.exists() else []
+    """What the file holds; nothing where there is none.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    if not file.exists():
+        return []
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} holds no results ({error}): delete it, or name another file.") from error
 
 
 def add_result(file: Path, result: Result) -> None:

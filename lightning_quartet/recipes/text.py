@@ -195,9 +195,10 @@ def _read_check(path: Path) -> None:
 def _read(path: Path) -> str:
     _read_check(path)
     data = path.read_bytes()
-    if path.suffix == ".xz":
-        data = lzma.decompress(data)
-    return data.decode("utf-8")
+    try:
+        return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8, or no whole .xz file of it ({error}).") from error
 
 
 def _documents(text: str, heading: str) -> list[str]:

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from toy import Toy
 
 import lightning_quartet.cli as cli
 from lightning_quartet import QuartetConfig, QuartetQAT
@@ -20,14 +21,33 @@ def built(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # a run without a logger leaves its config.yaml where it began
     made = []
 
-    class Recording(cli.LightningCLI):
+    class Recording(cli._CLI):
         def __init__(self, *args, **kwargs):
             made.append(self)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(cli, "LightningCLI", Recording)
+    monkeypatch.setattr(cli, "_CLI", Recording)
     monkeypatch.setattr(sys, "argv", ["lightning-quartet"])
     return made
+
+
+class Remembering(Toy):
+    """Its checkpoints hold hyperparameters."""
+
+    def __init__(self, rate: float = 1.0):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_options_of_the_model_are_those_that_were_asked_for(built, tmp_path):
+    """Not those of the checkpoint."""
+    fit = [argument.replace("toy.Toy", "test_cli.Remembering") for argument in FIT]
+    assert cli.main([*fit, "--model.rate=2.0"]) == 0
+    built[0].trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["rate"] == 2.0
+    assert cli.main([*fit, "--model.rate=3.0", "--ckpt_path=a.ckpt", "--trainer.max_steps=3"]) == 0
+    assert built[1].model.hparams.rate == 3.0
+    assert built[1].trainer.global_step == 3
 
 
 def callback_of(built) -> QuartetQAT:

@@ -1,10 +1,12 @@
 """CausalLM: what it builds, learns, logs and refuses."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from lightning_quartet.recipes import CausalLM, LossCurve
@@ -79,6 +81,48 @@ def test_cuda_graphs_do_not_sum_gradients(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="accumulate_grad_batches=2: set it to 1"):
         fit.fit(model, counting())
     assert fit.global_step == 0
+    fit = trainer(tmp_path, callbacks=[GradientAccumulationScheduler({0: 2})], max_epochs=1)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2: set it to 1"):
+        fit.fit(model, counting())
+    assert fit.global_step == 0
+
+
+def test_a_model_without_a_list_of_layers_is_not_compiled() -> None:
+    sizes = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    CausalLM(sizes)
+    with pytest.raises(ValueError, match="a 'gpt2' model has no list of decoder layers"):
+        CausalLM(sizes, compile_layers=True)
+
+
+def test_tokens_per_second_are_those_of_many_steps_that_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device three steps behind, a second a step; validations after 28 of 31 batches."""
+    module = sys.modules[CausalLM.__module__]
+    moments: list[int] = []
+
+    class Moment(int):
+        def query(self) -> bool:
+            return self <= len(moments) - 3
+
+        def elapsed_time(self, end: int) -> float:
+            return 1000.0 * (end - self)
+
+    monkeypatch.setattr(module, "_now", lambda device: moments.append(0) or Moment(len(moments)))
+    logged: list[int] = []
+
+    class Logged(CausalLM):
+        def log(self, name: str, value: object, **options: object) -> None:
+            if name == "tokens_per_second":
+                logged.append(self.trainer.global_step)
+                assert value == 64  # 4 sequences of 16
+            super().log(name, value, **options)  # type: ignore[arg-type]
+
+    fit = trainer(tmp_path, val_check_interval=28, max_epochs=1)
+    fit.fit(Logged(TINY), counting(31), counting(1))
+    assert fit.global_step == 31
+    assert logged == list(range(5, 29))  # and none of the three steps after the validation
+    assert fit.callback_metrics["tokens_per_second"] == 64
 
 
 def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token(tmp_path: Path) -> None:

@@ -109,6 +109,13 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     config = yaml.safe_load((EXAMPLES / "classify_text" / "config.yaml").read_text())
     plain, ours = script["split"](config)
     assert plain["trainer"]["callbacks"] == []
+    accumulate = {"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {0: 2}}}
+    both = script["split"]({"trainer": {"callbacks": [accumulate, {"class_path": "lightning_quartet.QuartetMonitor"}]}})
+    assert [len(one["trainer"]["callbacks"]) for one in both] == [1, 2]  # what changes a number stays in all rows
+    assert script["bare"]({"trainer": {}})["trainer"]["callbacks"] == []  # as --others are trained
+    phases = {"trainer": {"callbacks": [{"class_path": "QuartetQAT", "init_args": {"start_step": 2, "seed": 1}}]}}
+    always = script["with_options"](phases, start_step=None, end_step=None)
+    assert always["trainer"]["callbacks"][0]["init_args"] == {"seed": 1}
     assert [c["class_path"] for c in ours["trainer"]["callbacks"]] == ["lightning_quartet.QuartetQAT"]
     short = [{"class_path": "QuartetQAT", "init_args": {"config": "bf16_backward"}}]
     assert script["split"]({"trainer": {"callbacks": short}})[1]["trainer"]["callbacks"] == short
@@ -122,6 +129,13 @@ def test_compare_gives_a_row_for_each_way(text_folder: Path, monkeypatch: pytest
     rows = dict(script["compare"](config, [*quick, "--trainer.enable_progress_bar=false"], 1, recipes, [], ()))
     trained = ["MXFP4 training quartet", "MXFP4 training bf16_backward"]
     assert list(rows) == ["high precision", "after training", *trained]
+    plugin = ["--trainer.precision=null", "--trainer.plugins=lightning_quartet.QuartetPrecision"]
+    for extra, done, made in (
+        (["--trainer.callbacks=null"], ("high precision", "after training"), "high precision"),
+        (plugin, (), "MXFP4"),
+    ):
+        with pytest.raises(SystemExit, match=f"make {made} of every row"):
+            next(script["compare"](config, [*quick, *extra], 1, [], [], done))
     losses = [row["test_loss"] for row in rows.values()]
     assert len(set(losses)) == 4
     for row in ("high precision", *trained):
@@ -165,6 +179,21 @@ def test_compare_keeps_its_numbers(
     assert "| high precision | 1.5000 ± 0.7071 | 1.0000 ± 0.0000 |\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another configuration"):
         main([*arguments, "--trainer.max_epochs=3"])
+    edited = tmp_path / "config.yaml"
+    edited.write_text(Path(arguments[0]).read_text())
+    again = [str(edited), "--json", str(tmp_path / "edited.json"), "--seeds", "1"]
+    main(again)
+    edited.write_text(edited.read_text() + "# edited\n")
+    with pytest.raises(SystemExit, match="another configuration"):
+        main(again)
+    with pytest.raises(ValueError, match="no recipe 'quartett'"):
+        main([arguments[0], "--recipes", "quartett"])
+    with pytest.raises(SystemExit, match="files of one name"):
+        main([arguments[0], "--others", str(edited), arguments[0]])
+    lora = str(EXAMPLES / "finetune_llm" / "lora.yaml")
+    with pytest.raises(SystemExit, match="would take the place of QuartetQAT's config"):
+        main([lora, "--recipes", "quartet"])
+    assert len(trained) == 8
 
 
 def test_text_data(text_folder: Path) -> None:

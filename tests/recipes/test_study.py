@@ -85,5 +85,15 @@ def test_paired_runs_share_all_but_the_numerics_and_go_on(
 
     with pytest.raises(SystemExit, match="other settings"):
         study("--steps", "5")
-    with pytest.raises(SystemExit, match="fewer than 100001 tokens: prepare more"):
-        study("--sequence", "100000", "--out", str(tmp_path / "other"))
+    other = ("--out", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="holds 0 sequences of 100000 tokens to train with"):
+        study("--sequence", "100000", *other)
+    with pytest.raises(SystemExit, match="9 of the 10 to validate with: prepare more"):
+        study("--validation_batches", "5", *other)
+    for wrong in (("--steps", "2"), ("--width", "64"), ("--width", "200")):
+        with pytest.raises(SystemExit, match="at least 3 steps and a multiple of 128"):
+            study(*wrong, *other)
+    tokens = {name: torch.zeros(500, dtype=torch.int16) for name in ("train", "validation")}
+    save_file(tokens, tmp_path / "zeros.safetensors", metadata={"source": "random 1", "vocabulary": "64"})
+    with pytest.raises(SystemExit, match="runs with other tokens than those of"):
+        study("--runs", "bf16", "--seeds", "3", "--tokens", str(tmp_path / "zeros.safetensors"))

@@ -138,23 +138,30 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
     """One training run: its mean loss over the last steps, its validation loss, and its speed."""
     pl.seed_everything(seed, verbose=False)
     train_tokens, validation_tokens, about = read_tokens(options.tokens)
-    sequences = (len(train_tokens) - 1) // options.sequence
-    if sequences == 0:
-        raise SystemExit(f"{options.tokens} holds fewer than {options.sequence + 1} tokens: prepare more.")
+    data = {"tokens": about["source"], "train_tokens": len(train_tokens)}
+    file = options.out / "runs.json"
+    if any({**data, **result}[name] != data[name] for result in read_results(file) for name in data):
+        raise SystemExit(f"{file} holds runs with other tokens than those of {options.tokens}: give another --out.")
+    sequences, others = ((len(tokens) - 1) // options.sequence for tokens in (train_tokens, validation_tokens))
+    held_out = options.validation_batches * options.batch
+    if sequences == 0 or others < held_out:
+        raise SystemExit(
+            f"{options.tokens} holds {sequences} sequences of {options.sequence} tokens to train with, and {others} of "
+            f"the {held_out} to validate with: prepare more, or name fewer --validation_batches."
+        )
     shuffle = torch.Generator().manual_seed(seed)
     epochs = math.ceil(options.steps * options.batch / sequences)
     order = torch.cat([torch.randperm(sequences, generator=shuffle) for _ in range(epochs)])
     order = order[: options.steps * options.batch]
     batches = Batches(train_tokens, options.sequence, options.batch, order)
-    held_out = torch.arange(options.validation_batches * options.batch)
-    validation = Batches(validation_tokens, options.sequence, options.batch, held_out)
+    validation = Batches(validation_tokens, options.sequence, options.batch, torch.arange(held_out))
     changes = dict(RUNS[run])
     model = Student(
         options.eager,
         config={
             "vocab_size": int(about["vocabulary"]),
             "hidden_size": options.width,
-            "intermediate_size": options.width * 14 // 5,
+            "intermediate_size": options.width * 14 // 5 // 32 * 32,  # so that all is converted
             "num_hidden_layers": LAYERS,
             "num_attention_heads": options.width // 128,
             "num_key_value_heads": options.width // 128,
@@ -199,7 +206,7 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
         "tokens/s": timed * options.batch * options.sequence / (model.times[-1] - model.times[0]),
         "losses": [round(value, 4) for value in history[:: max(1, len(history) // 100)]],
         "settings": settings(options),
-        "tokens": about["source"],
+        **data,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
@@ -259,6 +266,10 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high")
 
+    if options.steps < 3 or options.width % 128 or options.width < 128:
+        raise SystemExit(
+            f"--steps is {options.steps} and --width {options.width}: give at least 3 steps and a multiple of 128."
+        )
     file = options.out / "runs.json"
     if any(result["settings"] != settings(options) for result in read_results(file)):
         raise SystemExit(f"{file} holds runs with other settings: give another --out.")
