@@ -53,7 +53,8 @@ def bare(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     trainer = config["trainer"]
     callbacks = trainer.get("callbacks") or []
-    callbacks = [{"class_path": c} if isinstance(c, str) else c for c in _listed(callbacks)]
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = [{"class_path": c} if isinstance(c, str) else c for c in callbacks]
     trainer["callbacks"] = [c for c in callbacks if _name(c) not in WATCHERS]
     trainer["logger"] = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -79,18 +80,20 @@ def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return plain, ours
 
 
-def _listed(callbacks: Any) -> list[Any]:
-    return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
 def _name(callback: dict[str, Any]) -> str:
     return callback["class_path"].rpartition(".")[2]
+
+
+def qat_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The entry of a recipe's QuartetQAT."""
+    (qat,) = (callback for callback in recipe["trainer"]["callbacks"] if _name(callback) == "QuartetQAT")
+    return qat
 
 
 def with_options(recipe: dict[str, Any], /, **options: Any) -> dict[str, Any]:
     """The recipe with other options of its QuartetQAT; None for what it would be without."""
     recipe = copy.deepcopy(recipe)
-    (qat,) = (callback for callback in recipe["trainer"]["callbacks"] if _name(callback) == "QuartetQAT")
+    qat = qat_of(recipe)
     options = {**qat.get("init_args", {}), **options}
     qat["init_args"] = {name: value for name, value in options.items() if value is not None}
     return recipe
@@ -187,8 +190,7 @@ def check(config: dict[str, Any], recipes: list[str], others: list[Path]) -> Non
     """Refuse before anything is trained."""
     for recipe in recipes:
         QuartetConfig.from_recipe(recipe)
-    qat = next(callback for callback in split(config)[1]["trainer"]["callbacks"] if _name(callback) == "QuartetQAT")
-    own = qat.get("init_args", {}).get("config")
+    own = qat_of(split(config)[1]).get("init_args", {}).get("config")
     if recipes and isinstance(own, dict):
         raise SystemExit(
             f"--recipes {recipes} would take the place of QuartetQAT's config {own}: leave one of them out."

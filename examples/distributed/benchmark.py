@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_quartet import QuartetFSDP, QuartetQAT
+from lightning_quartet.moments import now, seconds
 
 MODES = ("ddp-bf16", "ddp-quartet", "fsdp1-bf16", "fsdp1-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp")
 COLLECTIVES = {
@@ -127,7 +128,7 @@ class Measure(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if self.profiler is None:
-            self.ends.append(now())
+            self.ends.append(now(trainer.strategy.root_device))
         else:
             synchronize()
             self.profiler.__exit__(None, None, None)
@@ -181,22 +182,6 @@ class Measure(pl.Callback):
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def now() -> Any:
-    """A point in the GPU's time, or in the host's where there is none."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(start: Any, end: Any) -> float:
-    if not torch.cuda.is_available():
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def events_of(profiler: torch.profiler.profile) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lightning_quartet.moments import is_over, now, seconds
 from lightning_quartet.recipes.optimizer import adamw
 
 _STEPS_TO_AVERAGE = 20
@@ -131,15 +131,14 @@ class CausalLM(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         tokens = batch.shape[0] * (batch.shape[1] - 1)
-        self._recent.append((_now(self.device), tokens))
+        self._recent.append((now(self.device), tokens))
         # The host may be many steps ahead of the GPU: those that count are the last that it has done.
-        done = [(moment, count) for moment, count in self._recent if _is_over(moment)][-_STEPS_TO_AVERAGE - 1 :]
+        done = [(moment, count) for moment, count in self._recent if is_over(moment)][-_STEPS_TO_AVERAGE - 1 :]
         steps = len(done) - 1
         if steps > 0 and 2 * steps >= self._averaged:  # few steps after a validation say less than the last before it
             self._averaged = max(steps, self._averaged)
-            seconds = _seconds(done[0][0], done[-1][0])
             # As a tensor: a number would be copied to the device, and the host would wait.
-            speed = torch.tensor(sum(count for _, count in done[1:]) / seconds)
+            speed = torch.tensor(sum(count for _, count in done[1:]) / seconds(done[0][0], done[-1][0]))
             self.log("tokens_per_second", speed)
             self.log("tokens/s", speed, prog_bar=True, logger=False)  # short enough for a progress bar
         self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
@@ -161,23 +160,6 @@ class CausalLM(LightningModule):
                 f"compile_layers={self._compile_mode!r} replays CUDA graphs, which cannot sum gradients over "
                 f"accumulate_grad_batches={batches}: set it to 1, or compile_layers to true."
             )
-
-
-def _now(device: torch.device) -> Any:
-    """A moment in a GPU's time, or in the host's where there is none."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _is_over(moment: Any) -> bool:
-    return isinstance(moment, float) or moment.query()
-
-
-def _seconds(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 def _new_model(fields: dict[str, Any]) -> PreTrainedModel:

@@ -1,34 +1,20 @@
 """examples/distributed, cut to a few steps on two processes."""
 
 import json
-import lzma
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import scenarios
+from small_examples import short_corpus, sizes
 
 ROOT = Path(__file__).parents[2]
 
 
 def small(folder):
     """Options for a small model on a few speeches, written to the folder."""
-    text = lzma.decompress((ROOT / "examples" / "language_model" / "sotu.txt.xz").read_bytes()).decode()
-    (folder / "sotu.txt").write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
-    return [
-        f"--trainer.logger.init_args.save_dir={folder}",
-        "--model.init_args.config.hidden_size=64",
-        "--model.init_args.config.intermediate_size=96",
-        "--model.init_args.config.num_hidden_layers=2",
-        "--model.init_args.config.num_attention_heads=2",
-        "--model.init_args.config.num_key_value_heads=1",
-        "--model.init_args.config.vocab_size=512",
-        f"--data.init_args.path={folder / 'sotu.txt'}",
-        "--data.init_args.vocabulary_size=512",
-        "--data.init_args.sequence_length=32",
-        f"--data.init_args.cache_dir={folder / 'cache'}",
-    ]
+    return [f"--trainer.logger.init_args.save_dir={folder}", *sizes(folder, short_corpus(folder))]
 
 
 def test_the_configuration_trains_and_saves(ranks, tmp_path):

@@ -1,6 +1,5 @@
 """CausalLM: what it builds, learns, logs and refuses."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,6 @@ def test_tokens_per_second_are_those_of_many_steps_that_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device three steps behind, a second a step; validations after 28 of 31 batches."""
-    module = sys.modules[CausalLM.__module__]
     moments: list[int] = []
 
     class Moment(int):
@@ -108,7 +106,7 @@ def test_tokens_per_second_are_those_of_many_steps_that_are_done(
         def elapsed_time(self, end: int) -> float:
             return 1000.0 * (end - self)
 
-    monkeypatch.setattr(module, "_now", lambda device: moments.append(0) or Moment(len(moments)))
+    monkeypatch.setattr(f"{CausalLM.__module__}.now", lambda device: moments.append(0) or Moment(len(moments)))
     logged: list[int] = []
 
     class Logged(CausalLM):

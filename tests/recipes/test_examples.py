@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_examples
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,11 +20,7 @@ LANGUAGE_MODEL = ROOT / "examples" / "language_model"
 
 @pytest.fixture
 def short_corpus(tmp_path: Path) -> Path:
-    """The first 24 speeches, so that the tokenizer is made in a moment."""
-    text = lzma.decompress((LANGUAGE_MODEL / "sotu.txt.xz").read_bytes()).decode()
-    file = tmp_path / "sotu.txt"
-    file.write_text("\n# ".join(text.split("\n# ")[:24]), encoding="utf-8")
-    return file
+    return small_examples.short_corpus(tmp_path)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -40,18 +37,9 @@ def cut(folder: Path, corpus: Path, steps: int = 4) -> list[str]:
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
         f"--trainer.logger.init_args.save_dir={folder / 'runs'}",
-        "--model.init_args.config.hidden_size=64",
-        "--model.init_args.config.intermediate_size=96",
-        "--model.init_args.config.num_hidden_layers=2",
-        "--model.init_args.config.num_attention_heads=2",
-        "--model.init_args.config.num_key_value_heads=1",
-        "--model.init_args.config.vocab_size=512",
         "--model.init_args.compile_layers=false",
-        f"--data.init_args.path={corpus}",
-        "--data.init_args.vocabulary_size=512",
-        "--data.init_args.sequence_length=32",
         "--data.init_args.batch_size=4",
-        f"--data.init_args.cache_dir={folder / 'cache'}",
+        *small_examples.sizes(folder, corpus),
     ]
 
 
