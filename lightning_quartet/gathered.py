@@ -41,9 +41,9 @@ class ShardedWeight(Tensor):
     out_features: int
     config: QuartetConfig
     # Of the last projection: what is sent, until the backward sends it again, and the clip mask.
-    buffer: Tensor | None = None
+    packed: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    is_packed: bool = False  # the buffer holds the rows as they are now
+    is_packed: bool = False  # those are of the rows as they are now
     in_backward: bool = False
 
     @staticmethod
@@ -92,48 +92,51 @@ class ShardedWeight(Tensor):
             finish_gradient(gradient, self.mask, self.config)
 
     # With more parameters FSDP2 would insist on inputs of the shard's own size where rows do not divide evenly.
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor], None]:
-        """The rows to send, uint8 [rows of the largest shard, 17/32 in_features]: codes, then scales."""
-        buffer = self.buffer if self.is_packed or self.in_backward else None
-        if buffer is None:
-            buffer = self.pack(mesh.size())
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """The rows to send, as many as the largest shard has: uint8 codes [rows, in_features/2] and scales
+        [rows, in_features/32]."""
+        packed = self.packed if self.is_packed or self.in_backward else None
+        if packed is None:
+            packed = self.pack(mesh.size())
         if self.in_backward:
-            self.buffer = None
-            if buffer.is_cuda:
-                buffer.record_stream(torch.cuda.current_stream())  # FSDP2's, which reads it; another may have made it
-        # One tensor: with two, FSDP2 copies only the first where there is a single rank.
-        return (buffer,), None
+            self.packed = None
+            for part in packed:
+                if part.is_cuda:
+                    part.record_stream(torch.cuda.current_stream())  # FSDP2's, which reads it; another may have made it
+        # Of several tensors, FSDP2 copies only the first where there is a single rank.
+        return packed if mesh.size() > 1 else (torch.cat([part.view(-1) for part in packed]),), None
 
     @torch.no_grad()
-    def pack(self, ranks: int) -> Tensor:
-        """Project the rows into the buffer."""
-        rows = -(-self.out_features // ranks)
+    def pack(self, ranks: int) -> tuple[Tensor, Tensor]:
+        """Project the rows; codes and scales are padded with rows of zeros where other ranks have more."""
         own, width = self.plain.shape
         if own == 0:
-            self.buffer = self.plain.new_zeros(rows, width * 17 // 32, dtype=torch.uint8)
-            return self.buffer
-        clips = self.config.forward_method == "quest"
-        found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
-        packed, self.mask = found if isinstance(found, tuple) else (found, None)
-        sent = torch.cat((packed.codes, packed.scales), dim=1)
-        self.buffer = sent if rows == own else F.pad(sent, (0, 0, 0, rows - own))
-        return self.buffer
+            codes, scales = (self.plain.new_empty(0, width // n, dtype=torch.uint8) for n in (2, GROUP_SIZE))
+        else:
+            clips = self.config.forward_method == "quest"
+            found = quantize_mxfp4(self.plain, config=self.config, return_mask=clips, backend=self.config.backend)
+            tensor, self.mask = found if isinstance(found, tuple) else (found, None)
+            codes, scales = tensor.codes, tensor.scales
+        missing = -(-self.out_features // ranks) - own
+        if missing:
+            codes, scales = F.pad(codes, (0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
+        self.packed = codes, scales
+        return self.packed
 
     def fsdp_post_all_gather(
-        self, all_gather_outputs: tuple[Tensor], metadata: None, param_dtype: torch.dtype, *, out: Any = None
-    ) -> tuple["GatheredWeight", tuple[Tensor, Tensor]] | None:
-        """The whole weight; FSDP2 frees its codes and scales with it, and gives it back as ``out`` to be filled."""
-        (rows,) = all_gather_outputs
-        codes, scales = rows[: self.out_features].split((self.shape[1] // 2, self.shape[1] // GROUP_SIZE), dim=1)
-        if out is None:
-            # Kernels read codes and scales that lie without gaps.
-            codes, scales = codes.contiguous(), scales.contiguous()
-            return GatheredWeight(codes, scales, param_dtype, self.config), (codes, scales)
-        # The same values are written again, so autograd must not take what it saved in the forward for changed.
-        with torch.autograd._unsafe_preserve_version_counter((out.codes, out.scales)):
-            out.codes.copy_(codes)
-            out.scales.copy_(scales)
-        return None
+        self, all_gather_outputs: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Any = None
+    ) -> tuple["GatheredWeight", tuple[()]] | None:
+        """The whole weight, which reads what was gathered where it lies: FSDP2 frees that and fills it again."""
+        if out is not None:
+            return None
+        width = self.shape[1]
+        if len(all_gather_outputs) == 1:
+            (both,) = all_gather_outputs
+            codes, scales = both.split((both.numel() * 16 // 17, both.numel() // 17))
+            codes, scales = codes.view(-1, width // 2), scales.view(-1, width // GROUP_SIZE)
+        else:
+            codes, scales = (part[: self.out_features] for part in all_gather_outputs)
+        return GatheredWeight(codes, scales, param_dtype, self.config), ()
 
 
 _KEEP_CLASS = {
