@@ -62,6 +62,7 @@ RUNS: dict[str, QuartetConfig | None] = {
     "bf16": None,
     "quartet": QuartetConfig(),
     "quartet_precise": QuartetConfig(accumulation="precise"),
+    "quartet_recompute": QuartetConfig(recompute_inputs=True),
 }
 
 

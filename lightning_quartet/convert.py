@@ -299,7 +299,7 @@ def trained_as(config: QuartetConfig, patterns: Sequence[str] | None, before: li
 
 
 # How it is computed or kept, not what: may change between runs.
-_NOT_NUMERICS = ("backend", "accumulation", "store_master_weights")
+_NOT_NUMERICS = ("backend", "accumulation", "store_master_weights", "recompute_inputs")
 
 
 def warn_of_changes(saved: dict[str, Any], mine: dict[str, Any], kind: str) -> None:

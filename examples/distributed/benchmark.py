@@ -18,16 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.data import DataLoader
 
-from lightning_quartet import QuartetFSDP, QuartetQAT
+from lightning_quartet import QuartetConfig, QuartetFSDP, QuartetQAT
 from lightning_quartet.moments import now, seconds
 
 MODES = ("ddp-bf16", "ddp-quartet", "fsdp1-bf16", "fsdp1-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp")
@@ -159,7 +160,7 @@ class Measure(pl.Callback):
         self, trainer: pl.Trainer, model: Model, times: list[float], events: list[dict[str, Any]]
     ) -> dict[str, Any]:
         cuda, tokens, step = torch.cuda.is_available(), self.options.batch * self.options.sequence, median(times)
-        traffic = traffic_of(events)
+        traffic = traffic_of(events, 2 if self.options.reduce_dtype == "bfloat16" else 4)
         return {
             "mode": self.options.mode,
             "gpus": trainer.world_size,
@@ -191,17 +192,17 @@ def events_of(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
         return json.loads(path.read_text())["traceEvents"]
 
 
-def traffic_of(events: list[dict[str, Any]]) -> dict[str, int]:
+def traffic_of(events: list[dict[str, Any]], summed: int) -> dict[str, int]:
     """Bytes of one step's collectives on a rank, from the tensors that torch was given: what gathers give, and what
-    sums take."""
+    sums take, whose elements have `summed` bytes."""
     total: dict[str, int] = {}
     for event in events:
         kind = COLLECTIVES.get(event.get("name", ""))
         if kind is None or event.get("cat") != "cpu_op":
             continue
         shapes, types = event["args"]["Input Dims"], event["args"]["Input type"]
-        # The profiler does not tell the type of tensors in a list; those here are float32.
-        tensors = [(shape, SIZES.get(name, 4)) for shape, name in zip(shapes, types, strict=True)]
+        # The profiler does not tell the type of tensors in a list, which all-reduces take.
+        tensors = [(shape, SIZES.get(name, summed)) for shape, name in zip(shapes, types, strict=True)]
         total[kind] = total.get(kind, 0) + max(_elements(shape) * size for shape, size in tensors)
     return total
 
@@ -248,12 +249,13 @@ def _elements(shape: list[Any]) -> int:
     return math.prod(shape) if shape else 0
 
 
-def strategy(mode: str, devices: int) -> Any:
+def strategy(mode: str, devices: int, reduce_dtype: Literal["float32", "bfloat16"]) -> Any:
     if mode.startswith("ddp"):
-        return DDPStrategy(gradient_as_bucket_view=True) if devices > 1 else "auto"
+        hook = bf16_compress_hook if reduce_dtype == "bfloat16" else None
+        return DDPStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook) if devices > 1 else "auto"
     if mode.startswith("fsdp1"):
         return FSDPStrategy(auto_wrap_policy={Block})
-    return QuartetFSDP(packed=mode == "quartet-fsdp")
+    return QuartetFSDP(packed=mode == "quartet-fsdp", reduce_dtype=reduce_dtype)
 
 
 def main() -> None:
@@ -270,6 +272,10 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--recompute-inputs", action="store_true", help="QuartetConfig(recompute_inputs=True)")
+    parser.add_argument(
+        "--reduce-dtype", choices=("float32", "bfloat16"), default="float32", help="of summed gradients, not for fsdp1"
+    )
     parser.add_argument("--checkpoint", help="save one to this folder at the end")
     parser.add_argument("--cpu", action="store_true", help="to try this script")
     options = parser.parse_args()
@@ -278,11 +284,11 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     callbacks: list[pl.Callback] = [Measure(options)]
     if "quartet" in options.mode:
-        callbacks.append(QuartetQAT())
+        callbacks.append(QuartetQAT(QuartetConfig(recompute_inputs=options.recompute_inputs)))
     trainer = pl.Trainer(
         accelerator="cpu" if options.cpu else "gpu",
         devices=devices,
-        strategy=strategy(options.mode, devices),
+        strategy=strategy(options.mode, devices, options.reduce_dtype),
         precision="bf16-mixed",
         callbacks=callbacks,
         max_steps=options.warm_up + options.steps + 1,

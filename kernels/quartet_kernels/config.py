@@ -36,6 +36,10 @@ class QuartetConfig:
         backward_rounding: Of ``"mxfp4"``: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
         randomize_backward: Draw random signs for the backward rotations at every step.
         store_master_weights: ``False`` makes conversion keep only the weight's codes and scales: no weight gradient.
+        recompute_inputs: ``True`` makes layers under ``torch.compile`` quantise their input once more in the backward
+            instead of keeping its codes: less memory where the input is kept anyway or is cheap to compute (a norm, an
+            activation function), for a few percent of the time. Numbers, and layers that are not compiled, stay as
+            they are.
         accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
             float32 every 128 products; ``"auto"`` chooses per GEMM.
         backend: ``"auto"`` or the name of a backend, see `quartet_kernels.available_backends`.
@@ -54,6 +58,7 @@ class QuartetConfig:
     backward_rounding: Rounding = "nearest"
     randomize_backward: bool = True
     store_master_weights: bool = True
+    recompute_inputs: bool = False
     accumulation: Accumulation = "auto"
     backend: BackendName = "auto"
     seed: int = 0
@@ -136,6 +141,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "backward_rounding": get_args(Rounding),
     "randomize_backward": (True, False),
     "store_master_weights": (True, False),
+    "recompute_inputs": (True, False),
     "accumulation": get_args(Accumulation),
     "backend": get_args(BackendName),
 }

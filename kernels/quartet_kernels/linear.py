@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .backends import select_backend
@@ -26,12 +27,17 @@ Projection = tuple[Packed, Tensor | None, Packed]
 """Packed codes and scales, clip mask, and the GEMM operand of a tensor."""
 
 
-def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
+def _quantize(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rotate and quantise x [..., K], as M rows."""
-    x = x.reshape(-1, x.shape[-1])
-    codes, scales, words, data, scale = ops.quantize_forward(x, config.text, mask)
-    packed = (codes, scales)
-    return packed, words if mask else None, ops.operand(*packed, data, scale)
+    return ops.quantize_forward(x.reshape(-1, x.shape[-1]), config, mask)
+
+
+def _projection(codes: Tensor, scales: Tensor, words: Tensor, data: Tensor, scale: Tensor, *, mask: bool) -> Projection:
+    return (codes, scales), words if mask else None, ops.operand(codes, scales, data, scale)
+
+
+def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
+    return _projection(*_quantize(x, config.text, mask), mask=mask)
 
 
 def _capturing(x: Tensor) -> bool:
@@ -142,7 +148,7 @@ class _QuartetLinear(torch.autograd.Function):
 
     x [..., K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and
     clip masks, 0.656 bytes an element; never x or the weight themselves. With both, the weight is not read: it only
-    gets its gradient, as `finish_gradient` takes it.
+    gets its gradient, as `finish_gradient` takes it. ``quantized`` is what `_quantize` gave for x.
     """
 
     @staticmethod
@@ -154,13 +160,18 @@ class _QuartetLinear(torch.autograd.Function):
         bias: Tensor | None,
         seed: Tensor | None,
         signs: tuple[Tensor, Tensor] | None,
+        quantized: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
         config: QuartetConfig,
         out_dtype: torch.dtype,
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         clips = config.forward_method == "quest"
-        project = _project if torch.compiler.is_compiling() else _last_input.project
-        x_packed, x_mask, a = project(x, config, need_dx and clips)
+        mask = need_dx and clips
+        if quantized is None:
+            project = _project if torch.compiler.is_compiling() else _last_input.project
+            x_packed, x_mask, a = project(x, config, mask)
+        else:
+            x_packed, x_mask, a = _projection(*quantized, mask=mask)
         w_mask = None
         ctx.finished = packed is None
         if packed is None:
@@ -206,7 +217,7 @@ class _QuartetLinear(torch.autograd.Function):
             dw = ops.gradient(dy, x_codes, x_scales, w_mask, *options)
         if ctx.needs_input_grad[3]:
             db = dy.sum(0, dtype=compute_dtype(dy)).to(ctx.bias_dtype)
-        return dx, dw, None, db, None, None, None, None
+        return dx, dw, None, db, None, None, None, None, None
 
 
 def draws(config: QuartetConfig, signs: object = None) -> bool:
@@ -366,7 +377,11 @@ def quartet_linear(
     bias_trains = grad_mode and bias is not None and bias.requires_grad
     if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
         return _decode(x, packed, bias, config, out_dtype)
-    y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, config, out_dtype)
+    quantized = None
+    if config.recompute_inputs and needs_grad and torch.compiler.is_compiling():
+        mask = x.requires_grad and config.forward_method == "quest"
+        quantized = checkpoint(_quantize, x.detach(), config.text, mask, use_reentrant=False)
+    y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, quantized, config, out_dtype)
     # Not inside the function: autograd lets nobody write into a view that a function returned.
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -1,6 +1,6 @@
 """A training of two processes that Lightning starts; one of them may kill itself in the middle of a step.
 
-Usage: killed.py FOLDER [--kill RANK]
+Usage: killed.py FOLDER [--kill RANK] [--accelerator gpu]
 """
 
 import argparse
@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
 parser.add_argument("--kill", type=int)
+parser.add_argument("--accelerator", default="cpu")
 arguments = parser.parse_args()
 
 
@@ -43,8 +44,9 @@ class Batches(pl.LightningDataModule):
 
 saves = pl.callbacks.ModelCheckpoint(arguments.folder, "last-{step}", every_n_epochs=1, save_top_k=-1)
 last = sorted(arguments.folder.glob("last-*.ckpt"))
+callbacks = [QuartetQAT(QuartetConfig()), saves]
 trainer = scenarios.make_trainer(
-    2, "quartet_fsdp", 3, callbacks=[QuartetQAT(QuartetConfig()), saves], enable_checkpointing=True
+    2, "quartet_fsdp", 3, callbacks=callbacks, enable_checkpointing=True, accelerator=arguments.accelerator
 )
 trainer.fit(Mortal(optimizer="AdamW", lr=1e-3), Batches(), ckpt_path=last[-1] if last else None)
 # Else gloo's threads may outlive what they use when Python exits: "terminate called without an active exception".

@@ -85,11 +85,12 @@ def test_expectations_from_measured_steps(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["ddp-quartet", "fsdp2-bf16", "fsdp2-quartet", "quartet-fsdp"])
-def test_the_benchmark_counts_bytes(mode):
+def test_the_benchmark_counts_bytes(mode, dtype):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     size = "--layers 2 --dim 64 --hidden 128 --heads 2 --kv-heads 1 --vocabulary 256 --sequence 32 --batch 1"
-    steps = "--warm-up 1 --steps 2 --cpu --no-compile"
+    steps = f"--warm-up 1 --steps 2 --cpu --no-compile --recompute-inputs --reduce-dtype {dtype}"
     script = ROOT / "examples" / "distributed" / "benchmark.py"
     done = subprocess.run(
         [*launch, script, "--mode", mode, *size.split(), *steps.split()], capture_output=True, text=True, timeout=280
@@ -97,7 +98,7 @@ def test_the_benchmark_counts_bytes(mode):
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     weights, norms, root = 2 * 36864, 2 * 128, 2 * 256 * 64 + 64
-    traffic = {"all_reduced": 4 * (weights + norms + root)}
+    traffic = {"all_reduced": (4 if dtype == "float32" else 2) * (weights + norms + root)}
     if mode != "ddp-quartet":
         size_of_weight = 17 / 32 if mode == "quartet-fsdp" else 2
         gathered = 2 * (weights * size_of_weight + 2 * norms) + 2 * root

@@ -6,6 +6,7 @@ import pytest
 import scenarios
 import torch
 from processes import Ranks
+from test_faults import check_resumes
 
 from lightning_quartet import QuartetConfig
 
@@ -59,3 +60,7 @@ def test_compiled_blocks_train_in_bfloat16(gpus, precision):
     packed = gpus(scenarios.train, fsdp={}, config=EXACT, **options)
     plain = gpus(scenarios.train, fsdp={"packed": False}, config=EXACT, **options)
     torch.testing.assert_close(scenarios.mean_losses(packed), scenarios.mean_losses(plain), rtol=2e-2, atol=0)
+
+
+def test_a_killed_rank_ends_the_job_which_then_resumes(tmp_path):
+    check_resumes(tmp_path, 1, "--accelerator", "gpu")

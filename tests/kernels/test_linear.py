@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from quartet_kernels import (
     MXFP4Tensor,
@@ -624,6 +625,47 @@ def test_compiled_layers_that_read_the_same_input_quantise_it_once():
     torch.compile(layers, fullgraph=True, backend=backend)(torch.randn(40, 64, requires_grad=True))
     calls = [node for node in graphs[0].graph.nodes if node.target == torch.ops.quartet.quantize_forward.default]
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inputs_are_quantised_again_instead_of_kept(checkpointed):
+    """In a gated block: two layers read a norm's output, the third a product of theirs."""
+    quantize = torch.ops.quartet.quantize_forward.default
+    gate, up, down = (torch.randn(64, 64, requires_grad=True) for _ in range(3))
+    x = torch.randn(40, 64)
+    found, kept, calls = [], [], []
+
+    def block(z, config):
+        z = torch.nn.functional.rms_norm(z, (64,))
+        gated = torch.nn.functional.silu(quartet_linear(z, gate, config=config)) * quartet_linear(z, up, config=config)
+        return quartet_linear(gated, down, config=config)
+
+    def whole(z, config):
+        return checkpoint(block, z, config, use_reentrant=False) if checkpointed else block(z, config)
+
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(whole, fullgraph=True, backend=backend)
+    for function, again in ((block, False), (block, True), (compiled, False), (compiled, True)):
+        torch._dynamo.reset()
+        graphs = []
+        z = x.clone().requires_grad_()
+        y = function(z, QuartetConfig(recompute_inputs=again))
+        found.append((y, *torch.autograd.grad(y.square().sum(), (z, gate, up, down))))
+        if graphs:
+            forward, backward = (list(graph.graph.nodes) for graph in graphs)
+            calls.append([sum(node.target == quantize for node in nodes) for nodes in (forward, backward)])
+            saved = [node.meta["val"] for node in forward[-1].args[0] if isinstance(node, torch.fx.Node)]
+            kept.append(sum(t.nbytes for t in saved if t.dtype in (torch.uint8, torch.int32) and t.shape[0] == 40))
+    for results in found[1:]:
+        for value, expected in zip(results, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    codes = 2 * 40 * (32 + 2 + 8)  # and scales and masks, of two inputs
+    assert kept == [0 if checkpointed else codes, 0]
+    assert calls[1] == [5, 5 if checkpointed else 2]
 
 
 def test_a_weight_is_quantised_once_while_its_window_is_open(monkeypatch):

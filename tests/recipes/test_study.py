@@ -83,6 +83,14 @@ def test_paired_runs_share_all_but_the_numerics_and_go_on(
     assert quartet["losses"][0] == unmasked["losses"][0]  # masks change gradients only
     assert quartet["losses"][1:] != unmasked["losses"][1:]
 
+    averaged = tmp_path / "averaged"
+    study("--runs", "quartet", "quartet_ema", "quartet_to_zero", "--seeds", "1", "--out", str(averaged))
+    quartet, ema, to_zero = json.loads((averaged / "runs.json").read_text())
+    assert ema["losses"] == quartet["losses"]  # the average is only validated
+    assert ema["val_loss"] != quartet["val_loss"]
+    assert to_zero["losses"][:2] == quartet["losses"][:2]
+    assert to_zero["losses"][3] != quartet["losses"][3]
+
     with pytest.raises(SystemExit, match="other settings"):
         study("--steps", "5")
     other = ("--out", str(tmp_path / "other"))

@@ -28,6 +28,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -46,6 +47,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "quartet_lr_2x": {"learning_rate": 2.0},
     "bf16_lr_half": {"mxfp4": False, "learning_rate": 0.5},
     "quartet_lr_half": {"learning_rate": 0.5},
+    "bf16_to_zero": {"mxfp4": False, "final_learning_rate": 0.0},
+    "quartet_to_zero": {"final_learning_rate": 0.0},
+    "bf16_ema": {"mxfp4": False, "ema": 0.99},
+    "quartet_ema": {"ema": 0.99},
     "hadamard_64": {"hadamard_group_size": 64},
     "hadamard_128": {"hadamard_group_size": 128},
     "gsr_128": {"hadamard_group_size": 128, "transform_init": "gsr"},
@@ -64,8 +69,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ends_in_bf16": {"skip": [f"layers.{index}" for index in (0, LAYERS - 1)]},
 }
 """What each run changes: options of QuartetConfig, `mxfp4` (whether there is any), `end` (fraction of steps after which
-layers compute in bf16), `skip` (modules that are not converted), `mask` (whether clipped elements get no gradient), and
-`learning_rate` (a factor). `abs_max` clips nothing, so it has no mask either."""
+layers compute in bf16), `skip` (modules that are not converted), `mask` (whether clipped elements get no gradient),
+`learning_rate` (a factor), `final_learning_rate` (of the last step, as a fraction), and `ema` (decay of the moving
+average of the weights that is validated). `abs_max` clips nothing, so it has no mask either."""
 
 LOSSES = 50
 SETTINGS = ("steps", "batch", "sequence", "width", "learning_rate", "validation_batches", "eager")
@@ -169,9 +175,12 @@ def train(run: str, seed: int, options: argparse.Namespace) -> Result:
             "tie_word_embeddings": False,
         },
         learning_rate=options.learning_rate * changes.pop("learning_rate", 1.0),
+        final_learning_rate=changes.pop("final_learning_rate", 0.1),
         warmup_steps=options.steps // 10,
     )
     callbacks: list[pl.Callback] = []
+    if (decay := changes.pop("ema", None)) is not None:
+        callbacks.append(EMAWeightAveraging(decay=decay))
     masked = changes.pop("mask", True)
     if changes.pop("mxfp4", True):
         end, skip = changes.pop("end", None), changes.pop("skip", None)

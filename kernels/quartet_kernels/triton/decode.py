@@ -419,7 +419,7 @@ def decode_linear(
     Args:
         x: float32, bfloat16 or float16 [M, K], 1 <= M <= 32, K a multiple of the rotation's width.
         codes: uint8 [N, K/2], low nibble = even element, N a multiple of 16.
-        scales: E8M0 bytes, uint8 [N, K/32]; byte 255 makes its whole column of y NaN.
+        scales: E8M0 bytes, uint8 [N, K/32]; byte 255 makes its whole column of y NaN or infinite.
         config: How x is rotated and quantised. Groups of x more than 28 binades below the largest of their 64 round to
             nearest even, groups of W more than 23 below the largest of their four.
         alpha: Product of the operands' factors.
