@@ -36,10 +36,10 @@ class QuartetConfig:
         backward_rounding: Of ``"mxfp4"``: ``"nearest"`` (paper v4) or unbiased ``"stochastic"`` (paper v1-v3).
         randomize_backward: Draw random signs for the backward rotations at every step.
         store_master_weights: ``False`` makes conversion keep only the weight's codes and scales: no weight gradient.
-        recompute_inputs: ``True`` makes layers under ``torch.compile`` quantise their input once more in the backward
-            instead of keeping its codes: less memory where the input is kept anyway or is cheap to compute (a norm, an
-            activation function), for a few percent of the time. Numbers, and layers that are not compiled, stay as
-            they are.
+        recompute_inputs: ``True`` makes layers under ``torch.compile`` whose weight trains quantise their input once
+            more in the backward instead of keeping its codes. That is less memory where the input is kept anyway
+            (attention's output) or comes from what is kept (norms, gates, SiLU and GELU), as in Llama's blocks, and
+            more where it would not be (another linear layer, ReLU, dropout). No effect on layers that are not compiled.
         accumulation: FP8 tensor cores only: ``"fast"`` keeps the hardware's accumulator, ``"precise"`` promotes it to
             float32 every 128 products; ``"auto"`` chooses per GEMM.
         backend: ``"auto"`` or the name of a backend, see `quartet_kernels.available_backends`.

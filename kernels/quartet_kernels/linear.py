@@ -343,7 +343,7 @@ def quartet_linear(
     """
     _check(x, weight, bias, config, master)
     if torch.compiler.is_compiling():  # the operators' fake kernels ask for the backend, without being traced
-        make_matrices(config.transform_init, config.hadamard_group_size, x.device)
+        make_matrices(config.text, x.device)
     else:
         select_backend(config.backend, x.device, x.dtype)
         if torch._C._are_functorch_transforms_active():
@@ -378,12 +378,20 @@ def quartet_linear(
     if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
         return _decode(x, packed, bias, config, out_dtype)
     quantized = None
-    if config.recompute_inputs and needs_grad and torch.compiler.is_compiling():
-        mask = x.requires_grad and config.forward_method == "quest"
+    if config.recompute_inputs and _may_recompute(x, master):
+        mask = config.forward_method == "quest"
         quantized = checkpoint(_quantize, x.detach(), config.text, mask, use_reentrant=False)
     y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, quantized, config, out_dtype)
     # Not inside the function: autograd lets nobody write into a view that a function returned.
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _may_recompute(x: Tensor, master: Tensor | None) -> bool:
+    """Whether a compiled layer keeps codes of x that its backward could make again: for the weight's gradient, and
+    not of data, which a model may write over without autograd noticing."""
+    # Not `is_exporting()`, which torch 2.11 takes for true while it compiles.
+    compiling = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+    return compiling and torch.is_grad_enabled() and x.requires_grad and master is not None and master.requires_grad
 
 
 DECODE_TOKENS = 32

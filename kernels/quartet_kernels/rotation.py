@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .config import parse_config
+
 BACKWARD_GROUP_SIZE = 32
 """Backward rotations are this wide whatever the forward's are."""
 
@@ -51,15 +53,17 @@ _matrix = lru_cache(maxsize=64)(_make_matrix)
 
 
 @torch.compiler.assume_constant_result
-def make_matrices(transform_init: str, group_size: int, device: torch.device) -> None:
-    """Make now, while a layer is compiled, what layers of that rotation will read on a device, whatever their dtype.
+def make_matrices(config: str, device: torch.device) -> None:
+    """Make now, while a layer is compiled, what layers of that `QuartetConfig.text` will read on a device, whatever
+    their dtype. It takes the text since with ``dynamic=True`` the compiler knows integers only as symbols.
 
     Who records CUDA graphs (``torch.compile`` in mode ``reduce-overhead``) gives the first run memory of its own, in
     which nothing may be made that lives on.
     """
     if faking():
         return
+    options = parse_config(config)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _matrix("hadamard", BACKWARD_GROUP_SIZE, device, dtype)
-        if transform_init != "identity":
-            _matrix(transform_init, group_size, device, dtype)
+        if options.transform_init != "identity":
+            _matrix(options.transform_init, options.hadamard_group_size, device, dtype)
