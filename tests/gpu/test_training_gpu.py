@@ -203,7 +203,8 @@ def test_two_thousand_steps_do_not_grow(compiled, tmp_path):
     assert sum(count for name, count in held[0].items() if name.endswith("_kernel")) > 0
 
 
-def test_cuda_graphs_of_compiled_layers_change_no_number(tmp_path):
+@pytest.mark.parametrize("again", [False, True])
+def test_cuda_graphs_of_compiled_layers_change_no_number(again, tmp_path):
     """With validations before and between, whose last batch is smaller."""
     from lightning_quartet.recipes import CausalLM
 
@@ -216,7 +217,8 @@ def test_cuda_graphs_of_compiled_layers_change_no_number(tmp_path):
         pl.seed_everything(0)
         model = CausalLM({**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2}, compile_layers=mode)
         loaders = DataLoader(tokens[:32], batch_size=4), DataLoader(tokens, batch_size=8)
-        trainer = fit(model, 24, tmp_path, loaders=loaders)
+        callbacks = [QuartetQAT(QuartetConfig(recompute_inputs=again))]
+        trainer = fit(model, 24, tmp_path, loaders=loaders, callbacks=callbacks)
         found.append((trainer.callback_metrics["val_loss"], model.state_dict()))
     assert trainer.global_step == 24
     torch.testing.assert_close(*found)
