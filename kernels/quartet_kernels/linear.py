@@ -27,17 +27,12 @@ Projection = tuple[Packed, Tensor | None, Packed]
 """Packed codes and scales, clip mask, and the GEMM operand of a tensor."""
 
 
-def _quantize(x: Tensor, config: str, mask: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rotate and quantise x [..., K], as M rows."""
-    return ops.quantize_forward(x.reshape(-1, x.shape[-1]), config, mask)
-
-
-def _projection(codes: Tensor, scales: Tensor, words: Tensor, data: Tensor, scale: Tensor, *, mask: bool) -> Projection:
-    return (codes, scales), words if mask else None, ops.operand(codes, scales, data, scale)
-
-
 def _project(x: Tensor, config: QuartetConfig, mask: bool) -> Projection:
-    return _projection(*_quantize(x, config.text, mask), mask=mask)
+    """Rotate and quantise x [..., K], as M rows."""
+    x = x.reshape(-1, x.shape[-1])
+    codes, scales, words, data, scale = ops.quantize_forward(x, config.text, mask)
+    packed = (codes, scales)
+    return packed, words if mask else None, ops.operand(*packed, data, scale)
 
 
 def _capturing(x: Tensor) -> bool:
@@ -148,7 +143,7 @@ class _QuartetLinear(torch.autograd.Function):
 
     x [..., K]; weight [N, K], or its packed codes and scales; y [T, N]. Saved for the backward: codes, scales and
     clip masks, 0.656 bytes an element; never x or the weight themselves. With both, the weight is not read: it only
-    gets its gradient, as `finish_gradient` takes it. ``quantized`` is what `_quantize` gave for x.
+    gets its gradient, as `finish_gradient` takes it. ``projection`` is that of x where it has been made.
     """
 
     @staticmethod
@@ -160,18 +155,16 @@ class _QuartetLinear(torch.autograd.Function):
         bias: Tensor | None,
         seed: Tensor | None,
         signs: tuple[Tensor, Tensor] | None,
-        quantized: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+        projection: Projection | None,
         config: QuartetConfig,
         out_dtype: torch.dtype,
     ) -> Tensor:
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         clips = config.forward_method == "quest"
-        mask = need_dx and clips
-        if quantized is None:
+        if projection is None:
             project = _project if torch.compiler.is_compiling() else _last_input.project
-            x_packed, x_mask, a = project(x, config, mask)
-        else:
-            x_packed, x_mask, a = _projection(*quantized, mask=mask)
+            projection = project(x, config, need_dx and clips)
+        x_packed, x_mask, a = projection
         w_mask = None
         ctx.finished = packed is None
         if packed is None:
@@ -377,11 +370,11 @@ def quartet_linear(
     bias_trains = grad_mode and bias is not None and bias.requires_grad
     if packed is not None and not needs_grad and not bias_trains and _few_tokens(x, config):
         return _decode(x, packed, bias, config, out_dtype)
-    quantized = None
+    projection = None
     if config.recompute_inputs and _may_recompute(x, master):
-        mask = config.forward_method == "quest"
-        quantized = checkpoint(_quantize, x.detach(), config.text, mask, use_reentrant=False)
-    y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, quantized, config, out_dtype)
+        clips = config.forward_method == "quest"
+        projection = checkpoint(_project, x.detach(), config, clips, use_reentrant=False)
+    y = _QuartetLinear.apply(x, master, packed, bias, seed, signs, projection, config, out_dtype)
     # Not inside the function: autograd lets nobody write into a view that a function returned.
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -1,6 +1,7 @@
 """quartet_linear: conformance, gradients, operators, compilation, bad input."""
 
 import gc
+import itertools
 import math
 import threading
 from pathlib import Path
@@ -609,29 +610,36 @@ def test_the_shared_projection_is_dropped_with_its_input():
     assert not _last_input.kept
 
 
-def test_compiled_layers_that_read_the_same_input_quantise_it_once():
+def partitioned(function, graphs):
+    """The function, compiled anew; its graphs for forward and backward are cut as Inductor cuts them."""
     torch._dynamo.reset()
-    weights = [torch.randn(32, 64) for _ in range(3)]
-    graphs = []
 
     def remember(graph, inputs):
-        graphs.append(graph)
+        graphs.append(graph.graph)
         return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def quantisations(graph):
+    return sum(node.target == torch.ops.quartet.quantize_forward.default for node in graph.nodes)
+
+
+def test_compiled_layers_that_read_the_same_input_quantise_it_once():
+    weights = [torch.randn(32, 64) for _ in range(3)]
+    graphs = []
 
     def layers(x):
         return [quartet_linear(x, weight, config=QuartetConfig()) for weight in weights]
 
-    # The partitioner that Inductor uses.
-    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
-    torch.compile(layers, fullgraph=True, backend=backend)(torch.randn(40, 64, requires_grad=True))
-    calls = [node for node in graphs[0].graph.nodes if node.target == torch.ops.quartet.quantize_forward.default]
-    assert len(calls) == 4
+    partitioned(layers, graphs)(torch.randn(40, 64, requires_grad=True))
+    assert quantisations(graphs[0]) == 4
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_inputs_are_quantised_again_instead_of_kept(checkpointed):
     """In a gated block: two layers read a norm's output, the third a product of theirs."""
-    quantize = torch.ops.quartet.quantize_forward.default
     gate, up, down = (torch.randn(64, 64, requires_grad=True) for _ in range(3))
     x = torch.randn(40, 64)
     found, kept, calls = [], [], []
@@ -644,22 +652,16 @@ def test_inputs_are_quantised_again_instead_of_kept(checkpointed):
     def whole(z, config):
         return checkpoint(block, z, config, use_reentrant=False) if checkpointed else block(z, config)
 
-    def remember(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=remember, partition_fn=min_cut_rematerialization_partition)
-    compiled = torch.compile(whole, fullgraph=True, backend=backend)
-    for function, again in ((block, False), (block, True), (compiled, False), (compiled, True)):
-        torch._dynamo.reset()
+    for compiled, again in itertools.product((False, True), repeat=2):
         graphs = []
+        function = partitioned(whole, graphs) if compiled else block
         z = x.clone().requires_grad_()
         y = function(z, QuartetConfig(recompute_inputs=again))
         found.append((y, *torch.autograd.grad(y.square().sum(), (z, gate, up, down))))
-        if graphs:
-            forward, backward = (list(graph.graph.nodes) for graph in graphs)
-            calls.append([sum(node.target == quantize for node in nodes) for nodes in (forward, backward)])
-            saved = [node.meta["val"] for node in forward[-1].args[0] if isinstance(node, torch.fx.Node)]
+        if compiled:
+            calls.append(list(map(quantisations, graphs)))
+            outputs = list(graphs[0].nodes)[-1].args[0]
+            saved = [node.meta["val"] for node in outputs if isinstance(node, torch.fx.Node)]
             kept.append(sum(t.nbytes for t in saved if t.dtype in (torch.uint8, torch.int32) and t.shape[0] == 40))
     for results in found[1:]:
         for value, expected in zip(results, found[0], strict=True):
@@ -686,19 +688,13 @@ def test_inputs_that_are_data_or_of_frozen_weights_are_not_quantised_again():
         gradients.append(gradient)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
-    calls = []
-
-    def count(graph, inputs):
-        calls.append(sum(node.target == torch.ops.quartet.quantize_forward.default for node in graph.graph.nodes))
-        return make_boxed_func(graph.forward)
+    graphs = []
 
     def frozen(x):
         return quartet_linear(torch.nn.functional.rms_norm(x, (64,)), weight.detach(), config=config)
 
-    backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
-    torch._dynamo.reset()
-    torch.compile(frozen, fullgraph=True, backend=backend)(torch.randn(40, 64, requires_grad=True)).sum().backward()
-    assert calls == [2, 0]
+    partitioned(frozen, graphs)(torch.randn(40, 64, requires_grad=True)).sum().backward()
+    assert list(map(quantisations, graphs)) == [2, 0]
 
 
 def test_a_layer_that_would_quantise_again_can_be_exported():
