@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INTERPRET, fp8_words, group_factor, row_key, row_scale_of, row_top
-from .launch import cdiv, launch
+from .launch import cdiv, launch, next_power_of_2
 
 PAIRS = 2048 if INTERPRET.value else 1024  # of code words in a tile: 512 groups
 WARPS = 8
@@ -71,9 +71,8 @@ def expand(codes: Tensor, scales: Tensor, *, check_codes: bool = True) -> tuple[
         return data, torch.ones(rows, dtype=torch.float32, device=codes.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=codes.device)
     if rows > 0:
-        # Two shapes of tile serve all: of short rows, several.
-        short = groups <= PAIRS // 8
-        pairs = PAIRS // 4 if short else PAIRS
+        # Three shapes of tile serve all: of short rows, two or four.
+        pairs = min(PAIRS, max(PAIRS // 4, next_power_of_2(2 * groups)))
         tile_rows = PAIRS // pairs
         pointers = (codes.contiguous().view(torch.int32), scales.contiguous(), data.view(torch.int32), row_scale)
         programs = cdiv(rows, tile_rows) * cdiv(groups, pairs // 2)
