@@ -186,6 +186,10 @@ def test_operands_hold_the_packed_values(shape, rounding):
     x[9, :32] *= 2.0**-27
     packed = quantize_forward(x, config=QuartetConfig(), mask=False)[:2]
     arguments = {"rounding": rounding, "seed": torch.tensor(SEED, device="cuda"), "role": philox.GRAD}
+
+    def guess(operand):  # row exponents: only their products with the FP8 numbers are fixed
+        return requantize(*packed, operand=operand, **arguments)
+
     for make, (codes, scales) in (
         (lambda operand: quantize_forward(x, config=QuartetConfig(), mask=False, operand=operand)[3:], packed),
         (lambda operand: quantize_backward(x, operand=operand, **arguments), quantize_backward(x, **arguments)),
@@ -193,7 +197,7 @@ def test_operands_hold_the_packed_values(shape, rounding):
             lambda operand: quantize_backward(x, operand=operand, transpose=True, **arguments),
             quantize_backward(x, transpose=True, **arguments),
         ),
-        (lambda operand: requantize(*packed, operand=operand, **arguments), requantize(*packed, **arguments)),
+        (guess, requantize(*packed, **arguments)),
         (lambda operand: expand(*packed) if operand == "fp8" else (decode(*packed, torch.bfloat16), None), packed),
     ):
         values = decode(codes, scales)
@@ -202,9 +206,12 @@ def test_operands_hold_the_packed_values(shape, rounding):
         finite = values.isfinite().all(-1)
         assert fp8.float().isfinite().all()
         expanded, expanded_scale = expand(codes, scales)
-        torch.testing.assert_close(fp8.float(), expanded.float(), rtol=0, atol=0)
         used = (unpack_codes(codes) & 7).amax(-1) != 0
-        torch.testing.assert_close(row_scale[used], expanded_scale[used], rtol=0, atol=0, equal_nan=True)
+        if make is not guess:
+            torch.testing.assert_close(fp8.float(), expanded.float(), rtol=0, atol=0)
+            torch.testing.assert_close(row_scale[used], expanded_scale[used], rtol=0, atol=0, equal_nan=True)
+        products = fp8.float() * row_scale[:, None], expanded.float() * expanded_scale[:, None]
+        torch.testing.assert_close(*(product[finite & used] for product in products), rtol=0, atol=0)
         exact = finite & ((scales == 0) | (scales.int() > scales.int().amax(-1, keepdim=True) - 28)).all(-1)
         assert exact.any()
         torch.testing.assert_close((fp8.float() * row_scale[:, None])[exact], values[exact], rtol=0, atol=0)

@@ -70,7 +70,7 @@ RUN_TIME = ("M", "n_rows", "n_groups", "n_tokens")
 
 class Case(NamedTuple):
     """One kernel in its default configuration: constexpr arguments (None for pointers that are left out), types of the
-    others where they are not those of TYPES, warps and stages."""
+    others where they are not those of TYPES, warps, stages and registers a thread (as many as it likes if None)."""
 
     arch: str
     kernel: str
@@ -80,6 +80,7 @@ class Case(NamedTuple):
     types: dict[str, str]
     warps: int
     stages: int = 3
+    registers: int | None = None
 
 
 def products() -> Iterator[Case]:
@@ -138,7 +139,7 @@ QUANTISER_TYPES = {
     "x_ptr": "*bf16", "matrix_ptr": "*bf16", "seed_ptr": "*i64", "codes_ptr": "*i32", "scales_ptr": "*u8",
     "tiled_ptr": "*u8", "mask_ptr": "*u8", "data_ptr": "*bf16", "row_scale_ptr": "*fp32", "in_codes_ptr": "*u8",
     "in_scales_ptr": "*u8", "n_rows": "i32", "n_groups": "i32", "n_tokens": "i32", "n_features": "i32",
-    "n_columns": "i32", "factor": "fp32", "row_stride": "i32",
+    "extent_ptr": "*i32", "n_columns": "i32", "factor": "fp32", "row_stride": "i32",
 }  # fmt: skip
 
 
@@ -185,7 +186,17 @@ def quantisers(arch: str) -> Iterator[Case]:
         yield Case(arch, "quantize_forward", name, quantize.quantize_rows_kernel, wide, wide_types, max(4, group // 16))
     yield Case(arch, "quantize_rows", form, quantize.quantize_rows_kernel, gradient, types, warps)
     yield Case(arch, "quantize_columns", form, quantize.quantize_columns_kernel, tile, types, warps)
-    yield Case(arch, "requantize", form, requantize.requantize_kernel, tile, types, warps)
+    if arch in FP8:  # FP8 at once, without codes
+        tile = {name: value for name, value in tile.items() if name != "data_ptr"}
+        tile = tile | {"codes_ptr": None, "scales_ptr": None}
+    else:
+        tile = tile | {"row_scale_ptr": None, "extent_ptr": None}
+    registers = requantize.FP8_REGISTERS if arch == "90" else None
+    for check in (False, True) if arch in FP8 else (False,):
+        kernel, constants = requantize.requantize_kernel, tile | {"CHECK": check}
+        name = "requantize, checking" if check else "requantize"
+        yield Case(arch, name, form, kernel, constants, types, warps, 3, registers)
+        registers = None
 
     native = arch in NATIVE
     for name, packed, transpose in (("rows", False, False), ("columns", False, True), ("packed", True, True)):
@@ -266,7 +277,9 @@ def compile_case(case: Case) -> dict:
     amd = case.arch.startswith("gfx")
     target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch), 32)
     triton.runtime.driver.set_active(Device(target))
-    kernel = compile_source(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options |= {} if case.registers is None else {"maxnreg": case.registers}
+    kernel = compile_source(source, target=target, options=options)
     if amd:
         text = kernel.asm["amdgcn"]
         number = {key: int(re.search(rf"{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}

@@ -250,6 +250,27 @@ def test_backward_rows_in_fp8_at_once(rounding):
         torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("loud", [[], [68], list(range(0, 140, 8))], ids=len)  # tokens, some of them in the sample
+def test_requantize_in_fp8_whatever_the_sample_says(loud):
+    """Row exponents are guessed from a few tokens; what a wrong guess leaves is what the packed codes expand to."""
+    for exponent, rounding in ((-60, "nearest"), (-25, "stochastic"), (12, "nearest"), (60, "stochastic")):
+        arguments = backward_arguments(rounding, "drawn")
+        x = randn(140, 256, seed=7)
+        x[:, 128:160] *= 2.0**-90
+        x[:, 160:192] = 0
+        x[loud] *= 2.0**exponent
+        x[3, 7] = torch.nan if exponent == 12 else 1.0
+        packed = reference.quantize_forward(x, config=QuartetConfig(), mask=False)[:2]
+        data, scale = requantize(*packed, operand="fp8", **arguments)
+        expected, expected_scale = expand(*requantize(*packed, **arguments), check_codes=False)
+        assert data.float().isfinite().all()
+        products = data.double() * scale.double()[:, None], expected.double() * expected_scale.double()[:, None]
+        torch.testing.assert_close(*products, rtol=0, atol=0, equal_nan=True)
+        assert (scale[160:192] == 1).all()
+        if not loud:
+            assert not torch.equal(scale[200:], expected_scale[200:]), "no guess was good enough"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 130])
 def test_backward_ragged(rows, dtype):

@@ -267,10 +267,10 @@ def rounding_shift(u):
 
 
 @triton.jit
-def signed_rounding(u):
-    """u, |u| < 8, rounded to the E2M1 grid, ties to even; -0 becomes 0."""
+def signed_rounding(u, unit):
+    """u, |u| < 8 unit, rounded to `unit` (a power of two) times the E2M1 grid, ties to even; -0 becomes 0."""
     power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    shift = tl.maximum(power, 1.0) * 6291456.0  # 1.5 * 2^22: its last bit is a step, its middle leaves room for signs
+    shift = tl.maximum(power, unit) * 6291456.0  # 1.5 * 2^22: its last bit is a step, its middle leaves room for signs
     if PORTABLE:
         out = (u + shift) - shift
     else:  # never as one operation with the product that u is
@@ -403,6 +403,21 @@ def group_factor(byte, top):
     """2^(e - E + 13): what a group's codes are multiplied by."""
     exponent = tl.maximum(byte - top + 13, -100)  # far below the span everything rounds to zero
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_row_scales(byte, used, row_scale_ptr, first_row, n_rows, ROWS: tl.constexpr, STRIDE: tl.constexpr):
+    """Row scales, STRIDE apart, of ROWS rows with these scale bytes, of groups that are `used` (None: where the byte is
+    not 0); returns the row exponents, + 127, of each group's row."""
+    R: tl.constexpr = byte.shape[0]
+    if used is None:
+        largest = tl.max(byte.reshape(ROWS, R // ROWS), axis=1)
+        largest = row_key(largest, largest != 0)
+    else:
+        largest = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
+    row = first_row + tl.arange(0, ROWS) * STRIDE
+    tl.store(row_scale_ptr + row, row_scale_of(largest), mask=row < n_rows)
+    return tl.broadcast_to(row_top(largest)[:, None], (ROWS, R // ROWS)).reshape(R)
 
 
 @triton.jit
@@ -592,7 +607,7 @@ def quantize_groups(
     v, first, local, inside, seed_ptr, codes_ptr, scales_ptr, mask_ptr, data_ptr,
     METHOD: tl.constexpr, RULE: tl.constexpr, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
     row_scale_ptr=None, first_row=0, n_rows=0, ROWS: tl.constexpr = 1, tiled_ptr=None, per_row=1,
-    DEALT: tl.constexpr = None, DIRECT: tl.constexpr = False,
+    DEALT: tl.constexpr = None, DIRECT: tl.constexpr = False, top=None,
 ):  # fmt: skip
     """Quantise v [R, 4, 8] and store it as the operand's groups number `first` + `local` (a scalar and [R], one of
     them int64; row-major) where `inside`, with DIRECT by `store_directly`.
@@ -602,38 +617,47 @@ def quantize_groups(
     groups. METHOD is "rms" or "std" (QuEST with RULE) or "abs_max" (3/4 of v is rounded).
 
     With `row_scale_ptr`, data are FP8, int32 [groups, 8], relative to row scales, and v holds ROWS whole rows of the
-    operand from `first_row` on, padded with zeros. DEALT: `local` is where the words of a group start, its words lie
-    as `decode.py` reads them, of every 8 elements first the even, then the odd ones, and row scales are DEALT apart.
+    operand from `first_row` on, padded with zeros; with `top`, they are FP8 relative to these row exponents [R].
+    DEALT: `local` is where the words of a group start, its words lie as `decode.py` reads them, of every 8 elements
+    first the even, then the odd ones, and row scales are DEALT apart. Returns the scale bytes, int32 [R].
     """
     groups = first + local
+    R: tl.constexpr = v.shape[0]
+    STRIDE: tl.constexpr = 1 if DEALT is None else DEALT
+    AT_ONCE: tl.constexpr = METHOD == "abs_max" and codes_ptr is None and not STOCHASTIC  # as the numbers to store
     largest = largest_bits(v)
     zero = largest == 0
     finite = largest < FIRST_NOT_FINITE
     if METHOD == "abs_max":
         exponent = abs_max_exponent(largest)
-        # One factor: the inner product is exact, or so small that its code is 0 in any case. The magnitude is taken of
-        # the product, which keeps the compiler from rounding product and sum at once.
-        u = v * per_element(power_of_two(-exponent) * 0.75)
-        magnitude = tl.abs(u)
     else:
         exponent, v, m = quest_exponent(v, largest, METHOD, RULE)  # of v, the sign is all that matters from here on
-        magnitude = tl.abs(v) * per_element(power_of_two(m - exponent))
-
     byte = tl.where(finite, tl.where(zero, 0, exponent + 127), 255)
+    if row_scale_ptr is not None and AT_ONCE:
+        top = store_row_scales(byte, None, row_scale_ptr, first_row, n_rows, ROWS, STRIDE)
+
+    if METHOD == "abs_max":
+        unit = group_factor(byte, top) if AT_ONCE and top is not None else 1.0
+        # One factor: the inner product is exact, or so small that its code is 0 in any case. The magnitude is taken of
+        # the product, which keeps the compiler from rounding product and sum at once.
+        u = v * per_element(power_of_two(-exponent) * 0.75 * unit)
+        magnitude = tl.abs(u)
+    else:
+        magnitude = tl.abs(v) * per_element(power_of_two(m - exponent))
     PAIRS: tl.constexpr = not STOCHASTIC and rounds_pairs()
 
     if STOCHASTIC:
         rounded = stochastic_indices(magnitude, random_bytes(seed_ptr, groups, ROLE))
         values = values_of(rounded)
-    elif METHOD == "abs_max" and codes_ptr is None:
-        values = signed_rounding(u)
+    elif AT_ONCE:
+        values = signed_rounding(u, per_element(unit) if top is not None else 1.0)
     else:
         clipped = magnitude if METHOD == "abs_max" else tl.minimum(magnitude, 6.0)
         shift = rounding_shift(u if METHOD == "abs_max" else clipped)  # reads an exponent: no need of a magnitude
         rounded = clipped + shift
         values = rounded - shift
 
-    if METHOD != "abs_max" or STOCHASTIC or codes_ptr is not None:
+    if not AT_ONCE:
         values = signed(values, v.to(tl.uint32, bitcast=True))
 
     if codes_ptr is not None:
@@ -661,24 +685,24 @@ def quantize_groups(
         keep = tl.where(finite[:, None], keep, 0xFF)
         keep_at = mask_ptr + first * 4 + (local[:, None] * 4 + tl.arange(0, 4)[None, :])
         store(keep_at, keep, inside[:, None], DIRECT)
-    if row_scale_ptr is not None:
-        R: tl.constexpr = v.shape[0]
+    if row_scale_ptr is not None and not AT_ONCE:
+        used = None
         if METHOD != "abs_max" and RULE == "floor":  # gives tiny groups codes of zero under a scale that is not tiny
             used = tl.max(tl.max(tl.abs(values), axis=2), axis=1) != 0
-            largest_key = tl.max(row_key(byte, used).reshape(ROWS, R // ROWS), axis=1)
+        top = store_row_scales(byte, used, row_scale_ptr, first_row, n_rows, ROWS, STRIDE)
+    if top is not None:
+        if AT_ONCE:
+            scaled = values
         else:
-            largest_byte = tl.max(byte.reshape(ROWS, R // ROWS), axis=1)
-            largest_key = row_key(largest_byte, largest_byte != 0)
-        row = first_row + tl.arange(0, ROWS) * (1 if DEALT is None else DEALT)
-        tl.store(row_scale_ptr + row, row_scale_of(largest_key), mask=row < n_rows)
-        top = tl.broadcast_to(row_top(largest_key)[:, None], (ROWS, R // ROWS)).reshape(R)
-        factor = group_factor(byte, top)
+            factor = group_factor(byte, top)
         if codes_ptr is not None and PAIRS:
             data = tl.where(usable[:, :, None], fp8_of_pairs(p02, p46, p13, p57, factor[:, None]), 0)
         elif codes_ptr is not None:
             data = fp8_words(words.to(tl.uint32, bitcast=True), factor[:, None])
         else:
-            scaled = (values * per_element(factor)).reshape(R, 4, 2, 2, 2)
+            if not AT_ONCE:
+                scaled = values * per_element(factor)
+            scaled = scaled.reshape(R, 4, 2, 2, 2)
             even, odd = tl.split(scaled.permute(0, 1, 4, 2, 3) if DEALT is not None else scaled)
             a, c = tl.split(even)
             b, d = tl.split(odd)
@@ -698,3 +722,4 @@ def quantize_groups(
         scale = tl.where(finite, power_of_two(exponent), float("nan"))
         data_at = (groups * 32)[:, None, None] + (tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :])[None, :, :]
         tl.store(data_ptr + data_at, to_bfloat16(values * per_element(scale)), mask=inside[:, None, None])
+    return byte

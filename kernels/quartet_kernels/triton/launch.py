@@ -39,6 +39,12 @@ def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """TMA's, for blocks of a contiguous tensor whose base and strides are multiples of 16 bytes."""
     # Not `from_tensor`, whose checks cost more than all the rest, three times a GEMM.
@@ -84,6 +90,7 @@ def launch(
     warps: int,
     stages: int = 3,
     dependent: bool = False,
+    registers: int | None = None,
 ) -> None:
     """Launch as many programs of a kernel on the device's current stream.
 
@@ -96,19 +103,21 @@ def launch(
         warps, stages: Triton's options ``num_warps`` and ``num_stages``.
         dependent: On Hopper and later, start while the kernel before it ends (programmatic dependent launch); it waits
             where it says so. One of the constants has to say the same.
+        registers: How many a thread may have at most on an NVIDIA GPU; as many as the assembler likes if None.
     """
     if PORTABLE:
         kernel[(programs,)](*arguments, *constants, num_warps=warps, num_stages=stages)
         return
     if _several_devices() and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, device, programs, arguments, constants, warps, stages, dependent)
+            launch(kernel, device, programs, arguments, constants, warps, stages, dependent, registers)
         return
     kinds, values = _specialize(arguments)
-    key = (id(kernel), device.index, warps, stages, constants, *kinds)
+    key = (id(kernel), device.index, warps, stages, registers, constants, *kinds)
     found = _compiled.get(key)
     if found is None:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if dependent else {})
+        options |= {} if registers is None else {"maxnreg": registers}
         _compiled[key] = kernel[(programs,)](*arguments, *constants, **options)
     elif _hooked():
         found[programs, 1, 1](*arguments, *constants)
