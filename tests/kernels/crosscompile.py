@@ -186,17 +186,16 @@ def quantisers(arch: str) -> Iterator[Case]:
         yield Case(arch, "quantize_forward", name, quantize.quantize_rows_kernel, wide, wide_types, max(4, group // 16))
     yield Case(arch, "quantize_rows", form, quantize.quantize_rows_kernel, gradient, types, warps)
     yield Case(arch, "quantize_columns", form, quantize.quantize_columns_kernel, tile, types, warps)
+    requantized = tile | {"row_scale_ptr": None, "extent_ptr": None, "CHECK": False}
+    yield Case(arch, "requantize", form, requantize.requantize_kernel, requantized, types, warps)
     if arch in FP8:  # FP8 at once, without codes
-        tile = {name: value for name, value in tile.items() if name != "data_ptr"}
-        tile = tile | {"codes_ptr": None, "scales_ptr": None}
-    else:
-        tile = tile | {"row_scale_ptr": None, "extent_ptr": None}
-    registers = requantize.FP8_REGISTERS if arch == "90" else None
-    for check in (False, True) if arch in FP8 else (False,):
-        kernel, constants = requantize.requantize_kernel, tile | {"CHECK": check}
-        name = "requantize, checking" if check else "requantize"
-        yield Case(arch, name, form, kernel, constants, types, warps, 3, registers)
-        registers = None
+        at_once = {name: value for name, value in tile.items() if name != "data_ptr"}
+        at_once |= {"codes_ptr": None, "scales_ptr": None}
+        for stochastic, check in itertools.product((False, True), (False, True)):
+            constants = at_once | {"CHECK": check, "STOCHASTIC": stochastic}
+            name = "requantize fp8" + ", stochastic" * stochastic + ", checking" * check
+            registers = requantize.FP8_REGISTERS if arch == "90" and not (stochastic or check) else None
+            yield Case(arch, name, form, requantize.requantize_kernel, constants, types, warps, 3, registers)
 
     native = arch in NATIVE
     for name, packed, transpose in (("rows", False, False), ("columns", False, True), ("packed", True, True)):

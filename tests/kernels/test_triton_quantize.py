@@ -251,9 +251,12 @@ def test_backward_rows_in_fp8_at_once(rounding):
 
 
 @pytest.mark.parametrize("loud", [[], [68], list(range(0, 140, 8))], ids=len)  # tokens, some of them in the sample
-def test_requantize_in_fp8_whatever_the_sample_says(loud):
+def test_requantize_in_fp8_whatever_the_sample_says(loud, monkeypatch):
     """Row exponents are guessed from a few tokens; what a wrong guess leaves is what the packed codes expand to."""
     for exponent, rounding in ((-60, "nearest"), (-25, "stochastic"), (12, "nearest"), (60, "stochastic")):
+        if exponent == -25:  # from here on, programs of several tiles
+            monkeypatch.setattr("quartet_kernels.triton.requantize.multiprocessors", lambda device: 1)
+            monkeypatch.setattr("quartet_kernels.triton.requantize.FP8_PROGRAMS", 1)
         arguments = backward_arguments(rounding, "drawn")
         x = randn(140, 256, seed=7)
         x[:, 128:160] *= 2.0**-90
@@ -269,6 +272,20 @@ def test_requantize_in_fp8_whatever_the_sample_says(loud):
         assert (scale[160:192] == 1).all()
         if not loud:
             assert not torch.equal(scale[200:], expected_scale[200:]), "no guess was good enough"
+
+
+def test_requantize_in_fp8_of_many_and_of_no_tokens():
+    """More tiles of 128 tokens than are looked through at once, the loudest in the last of them."""
+    x = randn(8300, 64, seed=12)
+    x[8290, :32] *= 2.0**20
+    packed = quantize_forward(x, config=QuartetConfig(), mask=False)[:2]
+    data, scale = requantize(*packed, operand="fp8")
+    expected, expected_scale = expand(*requantize(*packed), check_codes=False)
+    products = data.double() * scale.double()[:, None], expected.double() * expected_scale.double()[:, None]
+    torch.testing.assert_close(*products, rtol=0, atol=0)
+    data, scale = requantize(packed[0][:0], packed[1][:0], operand="fp8")
+    assert data.shape == (64, 0)
+    assert (scale == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

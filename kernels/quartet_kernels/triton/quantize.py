@@ -4,7 +4,8 @@
     backward: v = (x D) H 32^-1/2, abs-max scale, along x's rows or, without a transposed copy, along its columns
 
 Where the GEMM reads FP8, numbers are relative to the largest exponent of their row, which is only known when the whole
-row is quantised: programs that hold whole rows write FP8 at once; for longer rows, a second launch expands the codes.
+row is quantised: programs that hold whole rows write FP8 at once; for longer rows and for columns, a second launch
+expands the codes (`requantize.py` guesses instead).
 """
 
 from functools import lru_cache

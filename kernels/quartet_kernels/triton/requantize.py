@@ -78,7 +78,7 @@ def rotated_codes(
 
 @triton.jit
 def sampled_tokens(n_tokens):
-    """A few that are spread over all, and not at a power of two from each other."""
+    """A few that are spread over all; of a power of two, at no power of two from each other, as sequences are."""
     return (tl.arange(0, SAMPLES) + 1) * (n_tokens // (SAMPLES + 1))
 
 
@@ -173,7 +173,8 @@ def requantize(
     operand: str = "packed",
 ) -> Operand:
     """The operand of the transposed tensor, [K, M] grouped along M (padded with zeros to a multiple of 32), from codes
-    uint8 [M, K/2] and scales uint8 [M, K/32]; signs, rounding and operand as in `quantize.quantize_backward`."""
+    uint8 [M, K/2] and scales uint8 [M, K/32]; signs, rounding and operand as in `quantize.quantize_backward`. Of an FP8
+    operand, only the products of numbers and row scales are those of `expand.expand`."""
     rows, columns = codes.shape[0], codes.shape[1] * 2
     device = codes.device
     stochastic = rounding == "stochastic"
@@ -186,7 +187,9 @@ def requantize(
     if operand == "fp8":
         fp8, row_scale = empty_fp8(columns, cdiv(rows, 32) * 32, device)
         extent = torch.empty(tiles, columns, dtype=torch.int32, device=device)
-        for check in (False, True) if tiles * strips > 0 else ():
+        if tiles == 0:
+            return fp8.view(torch.float8_e5m2), row_scale.fill_(1.0)
+        for check in (False, True):
             per_multiprocessor = CHECKING_PROGRAMS if check else FP8_PROGRAMS
             parts = min(tiles, cdiv(per_multiprocessor * multiprocessors(device), strips))
             launch(
