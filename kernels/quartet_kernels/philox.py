@@ -20,7 +20,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 words: four counter words, two key words."""
+    """Ten rounds of Philox4x32 on integers or int64 tensors that hold uint32 words: four of a counter, two of a key."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -31,9 +31,10 @@ def philox4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...])
     return cast(tuple[Tensor, ...], (c0, c1, c2, c3))
 
 
-def _words(seed: Tensor, blocks: Tensor, role: int) -> tuple[Tensor, ...]:
-    key = (seed[0] & _MASK, (seed[0] >> 32) & _MASK)
-    return philox4x32((blocks, seed[1] & _MASK, seed[2] & _MASK, torch.full_like(blocks, role)), key)
+def _words(seed: Tensor, blocks: Tensor | int, role: int) -> tuple[Tensor, ...]:
+    # On a CPU, Python's integers are much faster than tensors of one; from elsewhere they would have to be waited for.
+    key, step, stream = seed.tolist() if seed.device.type == "cpu" else seed
+    return philox4x32((blocks, step & _MASK, stream & _MASK, role), (key & _MASK, (key >> 32) & _MASK))
 
 
 def make_seed(seed: int, layer: int = 0, step: int = 0, rank: int = 0, micro_batch: int = 0) -> list[int]:
@@ -57,7 +58,7 @@ def make_seed(seed: int, layer: int = 0, step: int = 0, rank: int = 0, micro_bat
 
 def draw_signs(seed: Tensor, role: int) -> Tensor:
     """32 random signs, float32 [32] of +-1: bit i of word 0 of block 0. ``seed`` is int64 [3]."""
-    word = _words(seed, torch.zeros((), dtype=torch.int64, device=seed.device), role)[0]
+    word = _words(seed, 0, role)[0]
     bits = torch.arange(GROUP_SIZE, device=seed.device)
     return (1 - 2 * ((word >> bits) & 1)).to(torch.float32)
 
