@@ -624,9 +624,8 @@ def quantize_groups(
     groups = first + local
     R: tl.constexpr = v.shape[0]
     STRIDE: tl.constexpr = 1 if DEALT is None else DEALT
-    AT_ONCE: tl.constexpr = (
-        METHOD == "abs_max" and codes_ptr is None and not STOCHASTIC
-    )  # rounded in FP8's scale, if any
+    # Rounded in the scale of the FP8 numbers, where it is they that are stored.
+    AT_ONCE: tl.constexpr = METHOD == "abs_max" and codes_ptr is None and not STOCHASTIC
     largest = largest_bits(v)
     zero = largest == 0
     finite = largest < FIRST_NOT_FINITE
