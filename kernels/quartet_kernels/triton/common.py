@@ -692,18 +692,13 @@ def quantize_groups(
             used = tl.max(tl.max(tl.abs(values), axis=2), axis=1) != 0
         top = store_row_scales(byte, used, row_scale_ptr, first_row, n_rows, ROWS, STRIDE)
     if top is not None:
-        if AT_ONCE:
-            scaled = values
-        else:
-            factor = group_factor(byte, top)
+        factor = group_factor(byte, top)
         if codes_ptr is not None and PAIRS:
             data = tl.where(usable[:, :, None], fp8_of_pairs(p02, p46, p13, p57, factor[:, None]), 0)
         elif codes_ptr is not None:
             data = fp8_words(words.to(tl.uint32, bitcast=True), factor[:, None])
         else:
-            if not AT_ONCE:
-                scaled = values * per_element(factor)
-            scaled = scaled.reshape(R, 4, 2, 2, 2)
+            scaled = (values if AT_ONCE else values * per_element(factor)).reshape(R, 4, 2, 2, 2)
             even, odd = tl.split(scaled.permute(0, 1, 4, 2, 3) if DEALT is not None else scaled)
             a, c = tl.split(even)
             b, d = tl.split(odd)

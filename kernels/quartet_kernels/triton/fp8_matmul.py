@@ -10,14 +10,13 @@ Hopper's FP8 tensor cores keep about 14 bits of a sum. `accumulation="precise"` 
 elements of K, which makes ordinary data exact; "fast" never does.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, descriptor, launch, multiprocessors
+from .launch import cdiv, descriptor, is_hopper, launch, multiprocessors
 from .matmul import (
     GROUP_M,
     apply_mask,
@@ -183,10 +182,9 @@ def aligned(*tensors: torch.Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
 
 
-@lru_cache(maxsize=64)
 def has_tma(device: torch.device) -> bool:
     """Hopper; the interpreter has descriptors too."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cpu" or is_hopper(device)
 
 
 def matmul(

@@ -17,16 +17,7 @@ from torch import Tensor
 
 from ..config import QuartetConfig
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import (
-    INTERPRET,
-    empty_tiled,
-    load_rotation,
-    quantize_groups,
-    rotate,
-    row_key,
-    stores_directly,
-    tiles_scales,
-)
+from .common import INTERPRET, empty_tiled, load_rotation, quantize_groups, rotate, stores_directly, tiles_scales
 from .expand import expand
 from .launch import cdiv, launch, multiprocessors, next_power_of_2
 
@@ -105,15 +96,11 @@ def quantize_rows_kernel(
 @triton.jit
 def quantize_transposed(
     v0, v1, v2, v3, first_token, first_feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
-    extent_ptr, tiled_ptr, top, STOCHASTIC: tl.constexpr, ROLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROLE: tl.constexpr, tiled_ptr=None, top=None,
 ):  # fmt: skip
     """Quantise four groups of tokens, rotated, [features, 4, 8] each, into the operand [n_features, n_tokens padded to
-    32], as FP8 where `top` [features] is given. Joining them moves nothing; a tile that is regrouped before its
-    rotation goes through registers.
-
-    `extent_ptr`, int32 [tiles of four groups, n_features], gets 256 times the largest `row_key` plus the complement of
-    the smallest scale byte but 0.
-    """
+    32], as FP8 where `top` [features] is given; returns the scale bytes, int32 [features, 4]. Joining them moves
+    nothing; a tile that is regrouped before its rotation goes through registers."""
     FEATURES: tl.constexpr = v0.shape[0]
     v = tl.join(tl.join(v0, v2), tl.join(v1, v3)).permute(0, 3, 4, 1, 2).reshape(FEATURES * 4, 4, 8)
     local = tl.arange(0, FEATURES * 4)
@@ -127,13 +114,8 @@ def quantize_transposed(
     byte = quantize_groups(
         v, 0, groups, inside, seed_ptr, codes_ptr, scales_ptr, None, data_ptr, "abs_max", None, STOCHASTIC, ROLE,
         tiled_ptr=tiled_ptr, per_row=groups_per_row, DIRECT=top is not None and stores_directly(), top=top,
-    ).reshape(FEATURES, 4)  # fmt: skip
-    if extent_ptr is not None:
-        largest = tl.max(row_key(byte, byte != 0), axis=1)
-        spread = tl.max(tl.where(byte == 0, 0, 255 - byte), axis=1)
-        feature = first_feature + tl.arange(0, FEATURES)
-        extent_at = (first_token // 128).to(tl.int64) * n_features + feature
-        tl.store(extent_ptr + extent_at, largest * 256 + spread, mask=feature < n_features)
+    )  # fmt: skip
+    return byte.reshape(FEATURES, 4)
 
 
 @triton.jit
@@ -165,8 +147,8 @@ def quantize_columns_kernel(
         v2 = rotated_columns(x_ptr, token + 64, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
         v3 = rotated_columns(x_ptr, token + 96, feature, n_tokens, n_features, row_stride, matrix, factor, FEATURES)
         quantize_transposed(
-            v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr, None,
-            tiled_ptr, None, STOCHASTIC, ROLE,
+            v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
+            STOCHASTIC, ROLE, tiled_ptr,
         )  # fmt: skip
 
 

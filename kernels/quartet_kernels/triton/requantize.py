@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rotation import BACKWARD_GROUP_SIZE, rotation_matrix
-from .common import PORTABLE, load_rotation, rotate, row_scale_of, row_top, to_bfloat16
+from .common import PORTABLE, load_rotation, rotate, row_key, row_scale_of, row_top, to_bfloat16
 from .launch import cdiv, is_hopper, launch, multiprocessors
 from .quantize import (
     FEATURES_PER_TILE,
@@ -77,15 +77,26 @@ def rotated_codes(
 
 
 @triton.jit
-def sampled_tokens(n_tokens):
-    """A few that are spread over all; of a power of two, at no power of two from each other, as sequences are."""
-    return (tl.arange(0, SAMPLES) + 1) * (n_tokens // (SAMPLES + 1))
+def guessed_top(scales_ptr, first_feature, n_tokens, n_features, FEATURES: tl.constexpr):
+    """Row exponents, + 127, [FEATURES] of the columns of packed codes, HEADROOM binades above the scales of a few
+    tokens that are spread over all; of a power of two, at no power of two from each other, as sequences are."""
+    token = (tl.arange(0, SAMPLES) + 1) * (n_tokens // (SAMPLES + 1))
+    group = first_feature // 32 + tl.arange(0, FEATURES // 32)
+    scales_at = token.to(tl.int64)[:, None] * (n_features // 32) + group[None, :]
+    byte = tl.load(scales_ptr + scales_at, mask=(group < n_features // 32)[None, :], other=0).to(tl.int32)
+    top = tl.minimum(tl.maximum(tl.max(byte, axis=0) + HEADROOM, row_top(0)), 254)
+    return tl.broadcast_to(top[:, None], (FEATURES // 32, 32)).reshape(FEATURES)
 
 
 @triton.jit
-def guessed_top(exponent):
-    """A row exponent, + 127, from which `exponent`, that of a sample's scale, is HEADROOM binades away."""
-    return tl.minimum(tl.maximum(exponent + HEADROOM, row_top(0)), 254)
+def store_extent(extent_ptr, byte, first_token, first_feature, n_features):
+    """What `checked_top` reads of the scale bytes [features, 4] of a tile: in int32 [tiles of four groups, n_features],
+    256 times the largest `row_key` plus the complement of the smallest byte but 0."""
+    largest = tl.max(row_key(byte, byte != 0), axis=1)
+    spread = tl.max(tl.where(byte == 0, 0, 255 - byte), axis=1)
+    feature = first_feature + tl.arange(0, byte.shape[0])
+    extent_at = (first_token // 128).to(tl.int64) * n_features + feature
+    tl.store(extent_ptr + extent_at, largest * 256 + spread, mask=feature < n_features)
 
 
 @triton.jit
@@ -111,16 +122,6 @@ def checked_top(extent_ptr, row_scale_ptr, first_feature, n_tokens, n_features, 
     return row_top(largest), exact
 
 
-@triton.jit
-def codes_guess(scales_ptr, first_feature, n_tokens, n_features, FEATURES: tl.constexpr):
-    """`guessed_top` [FEATURES] of the columns of packed codes."""
-    group = first_feature // 32 + tl.arange(0, FEATURES // 32)
-    scales_at = sampled_tokens(n_tokens).to(tl.int64)[:, None] * (n_features // 32) + group[None, :]
-    byte = tl.load(scales_ptr + scales_at, mask=(group < n_features // 32)[None, :], other=0).to(tl.int32)
-    top = guessed_top(tl.max(byte, axis=0))
-    return tl.broadcast_to(top[:, None], (FEATURES // 32, 32)).reshape(FEATURES)
-
-
 @triton.jit(do_not_specialize=["n_tokens"])
 def requantize_kernel(
     in_codes_ptr, in_scales_ptr, matrix_ptr, signs_ptr, seed_ptr, codes_ptr, scales_ptr, data_ptr, row_scale_ptr,
@@ -138,7 +139,7 @@ def requantize_kernel(
     top = None
     if row_scale_ptr is not None:
         first_feature = tl.program_id(0) % tiles * FEATURES
-        top = codes_guess(in_scales_ptr, first_feature, n_tokens, n_features, FEATURES)
+        top = guessed_top(in_scales_ptr, first_feature, n_tokens, n_features, FEATURES)
         if CHECK:
             top, exact = checked_top(extent_ptr, row_scale_ptr, first_feature, n_tokens, n_features, top)
             end = tl.where(exact, 0, end)
@@ -155,10 +156,12 @@ def requantize_kernel(
         v3 = rotated_codes(
             in_codes_ptr, in_scales_ptr, token + 96, feature, n_tokens, n_features, matrix, factor, FEATURES
         )
-        quantize_transposed(
+        byte = quantize_transposed(
             v0, v1, v2, v3, token, feature, n_tokens, n_features, seed_ptr, codes_ptr, scales_ptr, data_ptr,
-            extent_ptr if not CHECK else None, tiled_ptr, top, STOCHASTIC, ROLE,
+            STOCHASTIC, ROLE, tiled_ptr, top,
         )  # fmt: skip
+        if extent_ptr is not None and not CHECK:
+            store_extent(extent_ptr, byte, token, feature, n_features)
 
 
 def requantize(
@@ -186,9 +189,9 @@ def requantize(
     tiles, strips = cdiv(rows, TOKENS_PER_TILE), cdiv(columns, FEATURES_PER_TILE)
     if operand == "fp8":
         fp8, row_scale = empty_fp8(columns, cdiv(rows, 32) * 32, device)
-        extent = torch.empty(tiles, columns, dtype=torch.int32, device=device)
         if tiles == 0:
             return fp8.view(torch.float8_e5m2), row_scale.fill_(1.0)
+        extent = torch.empty(tiles, columns, dtype=torch.int32, device=device)
         for check in (False, True):
             per_multiprocessor = CHECKING_PROGRAMS if check else FP8_PROGRAMS
             parts = min(tiles, cdiv(per_multiprocessor * multiprocessors(device), strips))
